@@ -1,0 +1,421 @@
+//! The command line, as types: what clap parses and what `--help` tells.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::builder::{OsStringValueParser, TypedValueParser};
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+use walguard::pg::TimelineId;
+
+/// Streams, keeps and restores the WAL of a PostgreSQL cluster.
+#[derive(Debug, Parser)]
+#[command(
+    name = "walguard",
+    version,
+    propagate_version = true,
+    max_term_width = 120,
+    arg_required_else_help = true,
+    after_help = "\
+Examples:
+  walguard init --config walguard.toml --pg postgres://walguard@db1 --repo s3://backups/pg --cluster main
+  walguard run --config walguard.toml
+  walguard list --config walguard.toml
+  walguard restore --config walguard.toml --to '10 minutes ago' --target-dir /var/lib/postgresql/restored
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or settings, 3 finished but attention needed, 75 try again later."
+)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: GlobalArgs,
+    #[command(subcommand)]
+    pub(crate) verb: Verb,
+}
+
+/// What every verb understands. A flag wins over its environment variable, and that over the settings file.
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Global options")]
+pub(crate) struct GlobalArgs {
+    /// Settings file; without it, flags, environment and defaults are all there is
+    #[arg(long, global = true, env = "WALGUARD_CONFIG", hide_env_values = true, value_parser = path(), value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) config: Option<PathBuf>,
+
+    /// The PostgreSQL server, as a URL or key=value; never with a password in it: use ~/.pgpass, PGPASSWORD or
+    /// `postgres.password_file`
+    #[arg(long, global = true, env = "WALGUARD_PG", hide_env_values = true, value_name = "CONNINFO")]
+    pub(crate) pg: Option<String>,
+
+    /// The repository: s3://bucket/prefix, or file:///path, or a path
+    #[arg(long, global = true, env = "WALGUARD_REPO", hide_env_values = true, value_name = "URL", value_hint = ValueHint::Url)]
+    pub(crate) repo: Option<String>,
+
+    /// The cluster's name in the repository
+    #[arg(long, global = true, env = "WALGUARD_CLUSTER", hide_env_values = true, value_name = "NAME")]
+    pub(crate) cluster: Option<String>,
+
+    /// Directory for WAL that is on its way to the repository
+    #[arg(long, global = true, env = "WALGUARD_SPOOL", hide_env_values = true, value_parser = path(), value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) spool: Option<PathBuf>,
+
+    /// Print JSON for programs instead of text for people; no progress
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+
+    /// Log more: -v what walguard decides, -vv every step
+    #[arg(long, short, global = true, action = clap::ArgAction::Count)]
+    pub(crate) verbose: u8,
+
+    /// How log lines look on standard error
+    #[arg(
+        long,
+        global = true,
+        env = "WALGUARD_LOG_FORMAT",
+        hide_env_values = true,
+        value_name = "FORMAT",
+        default_value = "text"
+    )]
+    pub(crate) log_format: LogFormat,
+}
+
+impl GlobalArgs {
+    /// An empty variable or flag is as good as none.
+    pub(crate) fn without_empty(mut self) -> Self {
+        self.config = self.config.filter(|path| !path.as_os_str().is_empty());
+        self.pg = self.pg.filter(|text| !text.is_empty());
+        self.repo = self.repo.filter(|text| !text.is_empty());
+        self.cluster = self.cluster.filter(|text| !text.is_empty());
+        self.spool = self.spool.filter(|path| !path.as_os_str().is_empty());
+        self
+    }
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    /// A line for people
+    #[default]
+    Text,
+    /// One JSON object a line
+    Json,
+}
+
+/// What walguard can do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    Init(InitArgs),
+    Check(CheckArgs),
+    Run(RunArgs),
+    Backup(BackupArgs),
+    List(ListArgs),
+    Status(StatusArgs),
+    Restore(RestoreArgs),
+    Verify(VerifyArgs),
+    Expire(ExpireArgs),
+    WalPush(WalPushArgs),
+    WalFetch(WalFetchArgs),
+    Demo(DemoArgs),
+    Completions(CompletionsArgs),
+}
+
+/// Prepare a cluster: write a settings file, create the slot and the repository
+///
+/// Writes a settings file that explains every setting (to --config, unless that file is there already), creates the
+/// physical replication slot and the cluster's place in the repository. What exists already is left as it is, so that
+/// the command can be repeated.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  # what a superuser must grant first; needs no connection
+  walguard init --print-sql --pg postgres://walguard@db1 | psql -h db1 -U postgres
+
+  walguard init --config walguard.toml --pg postgres://walguard@db1 --repo s3://backups/pg --cluster main")]
+pub(crate) struct InitArgs {
+    /// Only print the SQL that grants what the settings need, and nothing else; connects to nothing
+    #[arg(long, conflicts_with_all = ["json"])]
+    pub(crate) print_sql: bool,
+    /// Only print the settings file to standard output; connects to nothing
+    #[arg(long, conflicts_with_all = ["print_sql", "json"])]
+    pub(crate) print_settings: bool,
+}
+
+/// Check everything that archiving and restoring need
+///
+/// Looks at the server, the role, the slot, the repository, the spool directory, the age of archive and backups, clocks and
+/// PostgreSQL's programs. Exits with 3 if something needs attention and with 1 if something cannot work.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  walguard check --config walguard.toml
+  walguard check --config walguard.toml --json | jq '.findings[] | select(.level != \"ok\")'")]
+pub(crate) struct CheckArgs {}
+
+/// Run the agent: stream, archive, back up on schedule, until it is stopped
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  walguard run --config walguard.toml
+  WALGUARD_PG=postgres://walguard@db1 WALGUARD_REPO=s3://backups/pg WALGUARD_CLUSTER=main walguard run --http 127.0.0.1:9187")]
+pub(crate) struct RunArgs {
+    /// Serve metrics, health and status on this address
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) http: Option<SocketAddr>,
+    /// Take no scheduled base backups, whatever the settings say
+    #[arg(long)]
+    pub(crate) no_backups: bool,
+}
+
+/// Take a base backup
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  walguard backup --config walguard.toml
+  walguard backup --config walguard.toml --checkpoint spread --max-rate 50MiB --label before-upgrade")]
+pub(crate) struct BackupArgs {
+    /// Name of the backup; by default the moment it begins
+    #[arg(long, value_name = "NAME")]
+    pub(crate) label: Option<String>,
+    /// How the server's checkpoint at the beginning is made: at once, or without a burst of writes
+    #[arg(long, value_name = "MODE")]
+    pub(crate) checkpoint: Option<CheckpointMode>,
+    /// Send no more than this a second, for example 50MiB
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) max_rate: Option<bytesize::ByteSize>,
+    /// Do not wait until the WAL that the backup needs is archived
+    #[arg(long)]
+    pub(crate) no_wait: bool,
+}
+
+/// How the checkpoint of a base backup is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CheckpointMode {
+    /// At once, with a burst of writes
+    Fast,
+    /// Spread over `checkpoint_completion_target`
+    Spread,
+}
+
+/// List backups and what can be restored, from when to when
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  walguard list --config walguard.toml
+  walguard list --repo s3://backups/pg --cluster main --json")]
+pub(crate) struct ListArgs {}
+
+/// Show how far streaming and archiving are
+///
+/// Asks the running agent; without one, tells what the repository knows. Exits with 3 if something needs attention.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  walguard status --config walguard.toml
+  walguard status --config walguard.toml --watch")]
+pub(crate) struct StatusArgs {
+    /// Address of the agent's HTTP service; by default that of the settings
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) http: Option<SocketAddr>,
+    /// Repeat every second until stopped
+    #[arg(long)]
+    pub(crate) watch: bool,
+}
+
+/// Rebuild the database as it was at a moment
+///
+/// Makes a plan, shows it, and does it: fetches the base backup, replays WAL to exactly the target, and proves that
+/// what was reached is what was planned.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Targets (--to):
+  latest                              everything that is archived
+  '2025-12-17 08:14 Asia/Jerusalem'   a time; without a zone, in the zone of the settings
+  2025-12-17T06:14:00Z                the same moment
+  '10 minutes ago'
+  16/B374D848                         everything before this LSN
+  xid:4711                            up to and with this transaction; just before it with --exclusive
+  name:before_upgrade                 a point made by pg_create_restore_point()
+
+Examples:
+  walguard restore --config walguard.toml --to '2025-12-17 08:14' --target-dir /srv/restored --dry-run
+  walguard restore --config walguard.toml --to latest --target-dir /srv/restored --action promote --yes
+  walguard restore --repo s3://backups/pg --cluster main --to 16/B374D848 --target-dir /srv/restored --port 5433")]
+pub(crate) struct RestoreArgs {
+    /// The moment to restore
+    #[arg(long, value_name = "TARGET", required_unless_present_any = ["to_xid", "to_name"])]
+    pub(crate) to: Option<String>,
+    /// Restore up to and with this transaction, as --to xid:N
+    #[arg(long, value_name = "XID", conflicts_with_all = ["to", "to_name"])]
+    pub(crate) to_xid: Option<u32>,
+    /// Restore up to this restore point, as --to name:NAME
+    #[arg(long, value_name = "NAME", conflicts_with = "to")]
+    pub(crate) to_name: Option<String>,
+    /// Directory that becomes the data directory; empty or not there yet
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) target_dir: PathBuf,
+    /// Look for the target on this timeline's history instead of the newest
+    #[arg(long, value_name = "ID", value_parser = timeline)]
+    pub(crate) timeline: Option<TimelineId>,
+    /// Begin with this backup instead of the latest one before the target
+    #[arg(long, value_name = "LABEL")]
+    pub(crate) backup: Option<String>,
+    /// Stop just before the transaction of `xid:...`, or before what ended at the very time, instead of just after it
+    #[arg(long)]
+    pub(crate) exclusive: bool,
+    /// What happens once the target is reached
+    #[arg(long, value_name = "ACTION", default_value = "pause")]
+    pub(crate) action: Action,
+    /// Start the restored server (this is the default)
+    #[arg(long, overrides_with = "no_start")]
+    pub(crate) start: bool,
+    /// Only prepare the directory; starting the server recovers it
+    #[arg(long)]
+    pub(crate) no_start: bool,
+    /// Do not ask before it begins
+    #[arg(long, short = 'y')]
+    pub(crate) yes: bool,
+    /// Show the plan and stop
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Replace what is in the directory, if that is provably a stopped cluster
+    #[arg(long)]
+    pub(crate) overwrite: bool,
+    /// Place a tablespace elsewhere: OLD=NEW, OLD being its directory at backup time or its OID; repeatable
+    #[arg(long, alias = "tablespace-map", value_name = "OLD=NEW")]
+    pub(crate) tablespace: Vec<String>,
+    /// TCP port of the restored server; by default it listens on its Unix socket only
+    #[arg(long, value_name = "PORT")]
+    pub(crate) port: Option<u16>,
+    /// Directory for the restored server's Unix socket
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) socket_dir: Option<PathBuf>,
+    /// Directory with PostgreSQL's programs of the backup's major version
+    #[arg(long, value_name = "DIR", env = "WALGUARD_PG_BIN_DIR", hide_env_values = true, value_hint = ValueHint::DirPath)]
+    pub(crate) pg_bin_dir: Option<PathBuf>,
+}
+
+/// What happens once a restore reaches its target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Action {
+    /// Stay in recovery, readable, so that one can look before deciding
+    Pause,
+    /// Become a writable primary on a new timeline
+    Promote,
+    /// Stop the server
+    Shutdown,
+}
+
+/// Prove that what is in the repository is whole
+///
+/// Reads every object (or what is new since the last run) and checks it; names what is damaged or missing and which
+/// moments that makes unreachable. Exits with 3 if anything is.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  walguard verify --config walguard.toml
+  walguard verify --config walguard.toml --new")]
+pub(crate) struct VerifyArgs {
+    /// Only what was not verified before
+    #[arg(long)]
+    pub(crate) new: bool,
+    /// Objects read at once
+    #[arg(long, value_name = "N")]
+    pub(crate) jobs: Option<usize>,
+}
+
+/// Remove backups and WAL that are past what the settings keep
+///
+/// Shows what would go. With --yes it goes. What a kept backup needs is never removed.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  walguard expire --config walguard.toml
+  walguard expire --config walguard.toml --keep-backups 7 --keep-for '30 days' --yes")]
+pub(crate) struct ExpireArgs {
+    /// Keep at least so many backups
+    #[arg(long, value_name = "N")]
+    pub(crate) keep_backups: Option<u32>,
+    /// Keep every moment of the last so long restorable, for example '30 days'
+    #[arg(long, value_name = "SPAN", value_parser = span)]
+    pub(crate) keep_for: Option<Duration>,
+    /// Do it; without this, only show
+    #[arg(long, short = 'y', conflicts_with = "dry_run")]
+    pub(crate) yes: bool,
+    /// Only show (this is the default)
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
+/// Put one WAL file into the repository, as `archive_command`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  # postgresql.conf
+  archive_command = 'walguard wal-push --config /etc/walguard.toml %p'")]
+pub(crate) struct WalPushArgs {
+    /// The file: %p of `archive_command`
+    #[arg(value_name = "PATH", value_hint = ValueHint::FilePath)]
+    pub(crate) path: PathBuf,
+}
+
+/// Get one WAL file out of the repository, as `restore_command`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  # postgresql.conf
+  restore_command = 'walguard wal-fetch --config /etc/walguard.toml %f %p'")]
+pub(crate) struct WalFetchArgs {
+    /// Name of the WAL file: %f of `restore_command`
+    #[arg(value_name = "FILE")]
+    pub(crate) file: String,
+    /// Where to put it: %p of `restore_command`
+    #[arg(value_name = "PATH", value_hint = ValueHint::FilePath)]
+    pub(crate) path: PathBuf,
+    /// Leave no helper behind that fetches what the server will ask for next
+    #[arg(long)]
+    pub(crate) no_prefetch: bool,
+    /// Be that helper: fetch what comes after FILE, until the server asks for nothing any more
+    #[arg(long, hide = true)]
+    pub(crate) prefetch: bool,
+}
+
+/// Show the whole of it in a minute, on a private PostgreSQL, leaving nothing behind
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  walguard demo
+  walguard demo --rows 1000000 --pg-bin-dir /usr/lib/postgresql/17/bin")]
+pub(crate) struct DemoArgs {
+    /// Rows to write before the disaster
+    #[arg(long, value_name = "N", default_value_t = 100_000)]
+    pub(crate) rows: u32,
+    /// Directory with PostgreSQL's programs; by default the newest that is found
+    #[arg(long, value_name = "DIR", env = "WALGUARD_PG_BIN_DIR", hide_env_values = true, value_hint = ValueHint::DirPath)]
+    pub(crate) pg_bin_dir: Option<PathBuf>,
+}
+
+/// Print a completion script for a shell
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  walguard completions bash > /etc/bash_completion.d/walguard
+  walguard completions zsh > ~/.zfunc/_walguard")]
+pub(crate) struct CompletionsArgs {
+    /// The shell
+    #[arg(value_name = "SHELL")]
+    pub(crate) shell: clap_complete::Shell,
+}
+
+/// A path, or nothing: see [`GlobalArgs::without_empty`].
+fn path() -> impl TypedValueParser<Value = PathBuf> {
+    OsStringValueParser::new().map(PathBuf::from)
+}
+
+/// A timeline's number, from 1.
+fn timeline(text: &str) -> Result<TimelineId, String> {
+    let number: u32 = text.parse().map_err(|_| "a timeline is a number from 1 up, as `walguard list` shows it")?;
+    TimelineId::new(number).ok_or_else(|| "timelines begin with 1".into())
+}
+
+/// A span of time for people: `30 days`, `36h`.
+fn span(text: &str) -> Result<Duration, String> {
+    walguard::settings::parse_span(text)
+}

@@ -1,0 +1,184 @@
+//! `walguard init`: settings file, repository and slot; or only the SQL that must be run before.
+
+use std::path::Path;
+
+use anyhow::Context as _;
+use serde::Serialize;
+use walguard::atomic_file;
+use walguard::capture::{ConnInfo, Created, Environment, Walsender};
+use walguard::repo::backup::Origin;
+use walguard::repo::cluster::ClusterIdentity;
+use walguard::repo::{self, ProbeReport};
+use walguard::settings::{self, Settings};
+
+use crate::Outcome;
+use crate::args::InitArgs;
+use crate::context::Context;
+use crate::render;
+use crate::report::UsageError;
+
+pub(crate) async fn run(context: Context, args: InitArgs) -> anyhow::Result<Outcome> {
+    if args.print_sql {
+        render::print(&grants(&context.settings, &Environment::from_process())?)?;
+        return Ok(Outcome::Done);
+    }
+    if args.print_settings {
+        render::print(&settings::template(&context.settings))?;
+        return Ok(Outcome::Done);
+    }
+    let conninfo = context.conninfo()?;
+    let repository = context.repository().await?;
+    let file = context.config.as_deref();
+    if file.is_some_and(|file| !file.exists()) {
+        refuse_password(&context.settings)?;
+    }
+
+    let mut walsender = Walsender::connect(&conninfo).await.context("connect to the server")?;
+    let identity = Origin::ask(&mut walsender).await.context("ask the server who it is")?.identity();
+    let probe = repository.probe().await.context("try the repository")?;
+    let place = repository.initialize(&identity).await.context("initialise the repository")?;
+    let slot = &context.settings.postgres.slot;
+    let slot_created = walsender.create_physical_slot(slot).await.context("create the replication slot")?;
+    // Last: whoever finds it can rely on the rest.
+    let settings_written = file.map(|file| write_settings(file, &context.settings)).transpose()?;
+
+    let done = Done {
+        identity,
+        server: walsender.endpoint().to_owned(),
+        repository: repository.url(),
+        repository_created: place == repo::Created::New,
+        probe,
+        slot,
+        slot_created: slot_created == Created::New,
+        settings: file,
+        settings_written,
+    };
+    if context.json {
+        render::print_json(&done)?;
+    } else {
+        render::print(&done.text())?;
+    }
+    Ok(Outcome::Done)
+}
+
+/// A password would be kept in a file that is read by more people than one thinks.
+fn refuse_password(settings: &Settings) -> anyhow::Result<()> {
+    let mut environment = Environment::from_process();
+    environment.variables.remove("PGPASSWORD");
+    if ConnInfo::from_config(&settings.postgres, &environment)?.has_password() {
+        let hint = "put it into a file of its own, named by `postgres.password_file`, or into ~/.pgpass or PGPASSWORD, \
+                    and leave it out of the connection string";
+        return Err(UsageError::with_hint("the password would be written into the settings file", hint).into());
+    }
+    Ok(())
+}
+
+/// Writes the settings file unless it is there already.
+fn write_settings(file: &Path, settings: &Settings) -> anyhow::Result<bool> {
+    atomic_file::create(file, settings::template(settings).as_bytes())
+        .with_context(|| format!("write settings file {}", file.display()))
+}
+
+/// What was done. Everything that existed was left as it was.
+#[derive(Debug, Serialize)]
+struct Done<'a> {
+    #[serde(rename = "cluster")]
+    identity: ClusterIdentity,
+    server: String,
+    repository: String,
+    repository_created: bool,
+    probe: ProbeReport,
+    slot: &'a str,
+    slot_created: bool,
+    settings: Option<&'a Path>,
+    settings_written: Option<bool>,
+}
+
+impl Done<'_> {
+    fn text(&self) -> String {
+        let Self { identity, server, repository, slot, .. } = self;
+        let made = |new: bool| if new { "created" } else { "there already, left as it is" };
+        let mut text = format!(
+            "server      {server}: PostgreSQL {}, system identifier {}\n\
+             repository  {repository}: {}\n\
+             slot        {slot}: {}\n",
+            identity.server_version,
+            identity.system_id,
+            made(self.repository_created),
+            made(self.slot_created),
+        );
+        if let (Some(file), Some(written)) = (self.settings, self.settings_written) {
+            text += &format!("settings    {}: {}\n", file.display(), made(written));
+        }
+        if !self.probe.create_once {
+            text += "\nThe store does not refuse to write a key twice; walguard looks before each write and reads back after it.\n";
+        }
+        if let Some(problem) = &self.probe.delete_problem {
+            text += &format!("\nNothing can be deleted there, so `walguard expire` will not work: {problem}\n");
+        }
+        let config = self.settings.map(|file| format!(" --config {}", file.display())).unwrap_or_default();
+        text + &format!(
+            "\nFrom now on the server keeps its WAL until the agent has archived it. Start the agent soon:\n  \
+             walguard check{config}\n  walguard run{config}\n"
+        )
+    }
+}
+
+/// The SQL that gives the role what the settings need. Nothing is asked of a server.
+fn grants(settings: &Settings, environment: &Environment) -> anyhow::Result<String> {
+    let mut postgres = settings.postgres.clone();
+    if postgres.conninfo.is_empty() {
+        "user=walguard".clone_into(&mut postgres.conninfo);
+    }
+    let info = ConnInfo::from_config(&postgres, environment)?;
+    let (role, database) = (quoted(info.user()), quoted(info.dbname()));
+    Ok(format!(
+        "-- Streams WAL and takes base backups. Give it a password with \\password, or a client certificate, and let it in\n\
+         -- with two lines in pg_hba.conf: one for the database `replication`, one for the database {database}.\n\
+         CREATE ROLE {role} LOGIN REPLICATION;\n\
+         -- Settings, slots and sessions; no row of any table.\n\
+         GRANT pg_monitor TO {role};\n\
+         GRANT CONNECT ON DATABASE {database} TO {role};\n"
+    ))
+}
+
+/// An identifier in SQL: as it is if it can be, in quotes if it must be.
+fn quoted(name: &str) -> String {
+    let plain = name.starts_with(|c: char| c.is_ascii_lowercase() || c == '_')
+        && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
+    // None of the names that are likely here is a reserved word but these.
+    if plain && !matches!(name, "user" | "all" | "default" | "table" | "select" | "grant" | "public" | "none") {
+        name.to_owned()
+    } else {
+        format!("\"{}\"", name.replace('"', "\"\""))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_sql_grants_the_least_to_the_role_of_the_connection_string() {
+        let mut settings = Settings::default();
+        settings.postgres.conninfo = "postgres://wal-guard@db1/Shop".into();
+        let sql = grants(&settings, &Environment::default()).unwrap();
+        let statements: Vec<_> = sql.lines().filter(|line| !line.starts_with("--")).collect();
+        assert_eq!(
+            statements,
+            [
+                "CREATE ROLE \"wal-guard\" LOGIN REPLICATION;",
+                "GRANT pg_monitor TO \"wal-guard\";",
+                "GRANT CONNECT ON DATABASE \"Shop\" TO \"wal-guard\";",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_name_cannot_break_out_of_its_quotes() {
+        assert_eq!(quoted("walguard"), "walguard");
+        assert_eq!(quoted("User"), "\"User\"");
+        assert_eq!(quoted("a\"; DROP"), "\"a\"\"; DROP\"");
+        assert_eq!(quoted("user"), "\"user\"");
+    }
+}

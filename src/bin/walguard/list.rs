@@ -1,0 +1,192 @@
+//! `walguard list`.
+
+use std::fmt::Write as _;
+
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
+use serde::Serialize;
+use walguard::pg::CommitPoint;
+use walguard::repo::UnfinishedBackup;
+use walguard::repo::catalog::{BackupInfo, Catalog, CatalogScope, Damage, LsnRange, Window};
+use walguard::repo::cluster::ClusterIdentity;
+use walguard::repo::gap::Gap;
+
+use crate::Outcome;
+use crate::args::ListArgs;
+use crate::context::Context;
+use crate::render;
+
+pub(crate) async fn run(context: Context, _args: ListArgs) -> anyhow::Result<Outcome> {
+    let repository = context.repository().await?;
+    let catalog = repository.catalog(CatalogScope::Everything).await?;
+    let unfinished_backups = repository.unfinished_backups().await?;
+    let mut restorable = Vec::new();
+    for window in catalog.windows() {
+        let last_commit = match catalog.history(window.timeline) {
+            // What cannot be read hinders the listing of nothing else; `verify` says what is wrong with it.
+            Some(path) => repository.last_commit(&catalog.identity, path, &window).await.unwrap_or_else(|error| {
+                tracing::warn!(hint = error.hint(), "the end of timeline {} cannot be read: {error}", window.timeline);
+                None
+            }),
+            None => None,
+        };
+        restorable.push(Restorable { window, last_commit });
+    }
+    let listing = Listing::new(repository.url(), catalog, unfinished_backups, restorable);
+    if context.json {
+        render::print_json(&listing)?;
+    } else {
+        render::print(&listing.text(Timestamp::now(), &context.zone))?;
+    }
+    Ok(if listing.damaged.is_empty() { Outcome::Done } else { Outcome::Attention })
+}
+
+/// What there is.
+#[derive(Debug, Serialize)]
+struct Listing {
+    repository: String,
+    cluster: ClusterIdentity,
+    backups: Vec<Backup>,
+    unfinished_backups: Vec<UnfinishedBackup>,
+    restorable: Vec<Restorable>,
+    timelines: Vec<Timeline>,
+    gaps: Vec<Gap>,
+    damaged: Vec<Damage>,
+}
+
+#[derive(Debug, Serialize)]
+struct Backup {
+    #[serde(flatten)]
+    info: BackupInfo,
+    /// Some moment can be restored from it: its WAL is there.
+    usable: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Restorable {
+    #[serde(flatten)]
+    window: Window,
+    /// The last transaction that is there; `null` if none was found near the end.
+    last_commit: Option<CommitPoint>,
+}
+
+#[derive(Debug, Serialize)]
+struct Timeline {
+    timeline: walguard::pg::TimelineId,
+    history_known: bool,
+    wal: Vec<LsnRange>,
+    stored_bytes: u64,
+}
+
+impl Listing {
+    fn new(
+        repository: String,
+        catalog: Catalog,
+        unfinished_backups: Vec<UnfinishedBackup>,
+        restorable: Vec<Restorable>,
+    ) -> Self {
+        let is_usable =
+            |backup: &BackupInfo| restorable.iter().any(|restorable| restorable.window.backups.contains(&backup.label));
+        let backups = catalog.backups.into_iter().map(|info| Backup { usable: is_usable(&info), info }).collect();
+        let timelines = catalog.timelines.into_iter().map(|(timeline, wal)| Timeline {
+            timeline,
+            history_known: wal.history.is_some(),
+            wal: wal.ranges.as_slice().to_vec(),
+            stored_bytes: wal.stored_bytes,
+        });
+        Self {
+            repository,
+            cluster: catalog.identity,
+            backups,
+            unfinished_backups,
+            timelines: timelines.collect(),
+            restorable,
+            gaps: catalog.gaps,
+            damaged: catalog.damaged,
+        }
+    }
+
+    fn text(&self, now: Timestamp, zone: &TimeZone) -> String {
+        let mut text = String::new();
+        let stored: u64 = self.timelines.iter().map(|timeline| timeline.stored_bytes).sum();
+        let Self { repository, cluster, .. } = self;
+        let _ = writeln!(
+            text,
+            "{repository}: PostgreSQL {}, system {}, {} of WAL in segments of {}\n",
+            cluster.server_version.major(),
+            cluster.system_id,
+            render::bytes(stored),
+            render::bytes(cluster.segment_size.bytes()),
+        );
+        text += &self.backups_text(now, zone);
+        text += &self.restorable_text(zone);
+        for gap in &self.gaps {
+            let Gap { timeline, from, to, reason, at } = gap;
+            let at = render::time(render::whole_seconds(*at), zone);
+            let _ = writeln!(text, "gap on timeline {timeline} from {from} to {to}, noticed {at}: {reason}");
+        }
+        for timeline in self.timelines.iter().filter(|timeline| !timeline.history_known) {
+            let number = timeline.timeline;
+            let _ = writeln!(text, "the history of timeline {number} is missing: nothing on it can be restored");
+        }
+        for backup in &self.unfinished_backups {
+            let age = render::age(backup.newest_at, now);
+            let stored = render::bytes(backup.stored_bytes);
+            let _ = writeln!(text, "unfinished backup {}: {stored}, last written to {age}", backup.label);
+        }
+        for damage in &self.damaged {
+            let _ = writeln!(text, "damaged: {}: {}", damage.key, damage.problem);
+        }
+        text
+    }
+
+    fn backups_text(&self, now: Timestamp, zone: &TimeZone) -> String {
+        if self.backups.is_empty() {
+            return "no base backup: nothing can be restored; take one with `walguard backup`\n\n".to_owned();
+        }
+        let mut table = render::table(["backup", "ended", "age", "timeline", "start", "size", "stored", "state"]);
+        for Backup { info, usable } in &self.backups {
+            let ended = render::whole_seconds(info.stop_time.timestamp());
+            let pages = match (info.bad_pages, info.page_checksums_verified) {
+                (0, true) => "pages verified".to_owned(),
+                (0, false) => "pages without checksums".to_owned(),
+                (bad, _) => format!("{bad} BAD PAGES"),
+            };
+            table.add_row([
+                info.label.clone(),
+                render::time(ended, zone),
+                render::age(ended, now),
+                info.timeline.to_string(),
+                info.start.to_string(),
+                render::bytes(info.content_bytes),
+                render::bytes(info.stored_bytes),
+                if *usable { pages } else { format!("NOT RESTORABLE: its WAL is not all there; {pages}") },
+            ]);
+        }
+        render::table_text(&table) + "\n"
+    }
+
+    fn restorable_text(&self, zone: &TimeZone) -> String {
+        if self.restorable.is_empty() {
+            return "nothing is restorable\n\n".to_owned();
+        }
+        let mut table =
+            render::table(["timeline", "restorable from", "to the last commit", "from LSN", "to LSN", "backups"]);
+        for Restorable { window, last_commit } in &self.restorable {
+            let last = match (last_commit, window.to_time) {
+                (Some(commit), _) => render::time(commit.time.timestamp(), zone),
+                (None, Some(stored)) => format!("stored {}", render::time(render::whole_seconds(stored), zone)),
+                (None, None) => "a hole in the WAL".to_owned(),
+            };
+            table.add_row([
+                window.timeline.to_string(),
+                render::time(render::whole_seconds(window.from_time.timestamp()), zone),
+                last,
+                window.from.to_string(),
+                window.to.to_string(),
+                window.backups.len().to_string(),
+            ]);
+        }
+        render::table_text(&table) + "\n"
+    }
+}

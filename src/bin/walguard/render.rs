@@ -1,0 +1,183 @@
+//! Values -> what people and programs read. The only place, beside [`report`](crate::report) and
+//! [`progress`](crate::progress), that prints.
+
+use std::io::{self, BufRead as _, IsTerminal as _, Write as _};
+use std::time::Duration;
+
+use comfy_table::presets::NOTHING;
+use comfy_table::{Attribute, Cell, ContentArrangement, Table};
+use jiff::tz::TimeZone;
+use jiff::{SignedDuration, Timestamp, Unit};
+use serde::Serialize;
+
+/// Standard output took no more.
+#[derive(Debug, thiserror::Error)]
+#[error("write to standard output")]
+pub(crate) struct PrintError(#[from] io::Error);
+
+impl PrintError {
+    /// True if the reader has seen enough: `walguard list | head`.
+    pub(crate) fn is_reader_gone(&self) -> bool {
+        self.0.kind() == io::ErrorKind::BrokenPipe
+    }
+}
+
+/// Prints text for people.
+pub(crate) fn print(text: &str) -> Result<(), PrintError> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    if !text.ends_with('\n') {
+        out.write_all(b"\n")?;
+    }
+    Ok(out.flush()?)
+}
+
+/// Prints a value for programs: indented JSON and a line's end.
+pub(crate) fn print_json(value: &impl Serialize) -> Result<(), PrintError> {
+    print(&serde_json::to_string_pretty(value).map_err(io::Error::other)?)
+}
+
+/// Asks a question that is answered with yes or no, on the terminal. Where nobody can answer, the answer is `None`.
+pub(crate) fn ask(question: &str) -> io::Result<Option<bool>> {
+    if !io::stdin().is_terminal() || !io::stderr().is_terminal() {
+        return Ok(None);
+    }
+    let mut err = io::stderr().lock();
+    write!(err, "{question} [y/N] ")?;
+    err.flush()?;
+    let mut answer = String::new();
+    io::stdin().lock().read_line(&mut answer)?;
+    Ok(Some(matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes")))
+}
+
+/// A table without lines, whose headers are in capitals. It fits the terminal's width and is not wrapped elsewhere.
+pub(crate) fn table<const N: usize>(headers: [&str; N]) -> Table {
+    let mut table = Table::new();
+    table.load_style(NOTHING).set_content_arrangement(ContentArrangement::Dynamic);
+    table.set_header(headers.map(|header| Cell::new(header.to_uppercase()).add_attribute(Attribute::Bold)));
+    if !io::stdout().is_terminal() {
+        table.set_content_arrangement(ContentArrangement::Disabled).force_no_tty();
+    }
+    // Cells are set apart by the space on their right; without lines the first needs none on its left.
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
+    table
+}
+
+/// A table as text, without the spaces that fill its last column.
+pub(crate) fn table_text(table: &Table) -> String {
+    table.lines().map(|line| line.trim_end().to_owned() + "\n").collect()
+}
+
+/// Green on a terminal that shows colours.
+pub(crate) fn green(text: &str) -> String {
+    painted(32, text)
+}
+
+/// Yellow on a terminal that shows colours.
+pub(crate) fn yellow(text: &str) -> String {
+    painted(33, text)
+}
+
+/// Red on a terminal that shows colours.
+pub(crate) fn red(text: &str) -> String {
+    painted(31, text)
+}
+
+/// Bold on a terminal.
+pub(crate) fn bold(text: &str) -> String {
+    painted(1, text)
+}
+
+/// `style` is a parameter of ECMA-48's SGR. `NO_COLOR` is the convention by which people refuse it.
+fn painted(style: u8, text: &str) -> String {
+    let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    if refused || !io::stdout().is_terminal() { text.to_owned() } else { format!("\x1b[{style}m{text}\x1b[0m") }
+}
+
+/// `16.0 MiB`.
+pub(crate) fn bytes(bytes: u64) -> String {
+    bytesize::ByteSize(bytes).display().iec().to_string()
+}
+
+/// A duration with the precision that one wants to know: `0.35 s`, `12.4 s`, `3 min 05 s`, `2 h 10 min`, `5 d 3 h`.
+pub(crate) fn duration(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    match seconds {
+        0..10 => format!("{:.2} s", duration.as_secs_f64()),
+        10..60 => format!("{:.1} s", duration.as_secs_f64()),
+        60..3_600 => format!("{} min {:02} s", seconds / 60, seconds % 60),
+        3_600..86_400 => format!("{} h {:02} min", seconds / 3_600, seconds / 60 % 60),
+        _ => format!("{} d {} h", seconds / 86_400, seconds / 3_600 % 24),
+    }
+}
+
+/// A moment in UTC and, where that differs, in `zone`: `2025-12-17 06:14:00.25 UTC (08:14:00.25 Asia/Jerusalem)`.
+pub(crate) fn time(time: Timestamp, zone: &TimeZone) -> String {
+    let utc = time.to_zoned(TimeZone::UTC);
+    let local = time.to_zoned(zone.clone());
+    let digits = if time.subsec_nanosecond() == 0 { "" } else { "%.f" };
+    let text = utc.strftime(&format!("%Y-%m-%d %H:%M:%S{digits} UTC")).to_string();
+    if local.offset() == jiff::tz::Offset::UTC {
+        return text;
+    }
+    let date = if local.date() == utc.date() { "" } else { "%Y-%m-%d " };
+    let name = zone.iana_name().map_or_else(|| local.strftime("%:z").to_string(), str::to_owned);
+    format!("{text} ({} {name})", local.strftime(&format!("{date}%H:%M:%S{digits}")))
+}
+
+/// How long before `now` a moment was: `3 min 05 s ago`.
+pub(crate) fn age(time: Timestamp, now: Timestamp) -> String {
+    match Duration::try_from(now.duration_since(time)) {
+        Ok(age) if age.as_secs() >= 1 => format!("{} ago", duration(Duration::from_secs(age.as_secs()))),
+        Ok(_) => "now".to_owned(),
+        // Two clocks, or one that was rounded: not worth a word.
+        Err(_) if time.duration_since(now) < SignedDuration::from_secs(2) => "now".to_owned(),
+        Err(_) => format!("{} ahead", duration(time.duration_since(now).unsigned_abs())),
+    }
+}
+
+/// A moment cut to whole seconds, for tables.
+pub(crate) fn whole_seconds(time: Timestamp) -> Timestamp {
+    let cut = jiff::TimestampRound::new().smallest(Unit::Second).mode(jiff::RoundMode::Floor);
+    time.round(cut).unwrap_or(time)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_is_shown_in_utc_and_in_the_zone() {
+        let moment: Timestamp = "2025-12-17T06:14:00.25Z".parse().unwrap();
+        let zone = TimeZone::get("Asia/Jerusalem").unwrap();
+        assert_eq!(time(moment, &zone), "2025-12-17 06:14:00.25 UTC (08:14:00.25 Asia/Jerusalem)");
+        assert_eq!(time(moment, &TimeZone::UTC), "2025-12-17 06:14:00.25 UTC");
+    }
+
+    #[test]
+    fn a_zone_in_which_it_is_another_day_shows_that_day() {
+        let moment: Timestamp = "2025-12-17T23:00:00Z".parse().unwrap();
+        let zone = TimeZone::get("Asia/Tokyo").unwrap();
+        assert_eq!(time(moment, &zone), "2025-12-17 23:00:00 UTC (2025-12-18 08:00:00 Asia/Tokyo)");
+    }
+
+    #[test]
+    fn a_duration_has_the_precision_of_its_size() {
+        let text = |millis| duration(Duration::from_millis(millis));
+        assert_eq!(text(350), "0.35 s");
+        assert_eq!(text(12_400), "12.4 s");
+        assert_eq!(text(185_000), "3 min 05 s");
+        assert_eq!(text(7_800_000), "2 h 10 min");
+        assert_eq!(text(442_800_000), "5 d 3 h");
+    }
+
+    #[test]
+    fn an_age_tells_a_clock_that_is_ahead() {
+        let now: Timestamp = "2025-12-17T06:14:00Z".parse().unwrap();
+        assert_eq!(age("2025-12-17T06:13:00.5Z".parse().unwrap(), now), "59.0 s ago");
+        assert_eq!(age(now, now), "now");
+        assert_eq!(age("2025-12-17T06:14:05Z".parse().unwrap(), now), "5.00 s ahead");
+    }
+}

@@ -1,0 +1,259 @@
+//! Where a restore may write: nowhere, into an empty directory, or over a cluster that is provably stopped.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::process::{Pid, test_kill_process};
+
+use super::error::RestoreError;
+
+/// What lies at the target now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Occupied {
+    /// Nothing, or an empty directory.
+    Free,
+    /// A cluster that does not run.
+    StoppedCluster,
+}
+
+/// Looks at the target directory and changes nothing.
+///
+/// With `overwrite` a cluster may lie there whose server provably does not run: the directory has what every cluster has,
+/// the process that `postmaster.pid` names does not live, and no process works in the directory. Where processes cannot
+/// be seen, `pg_control` must say that the server was shut down.
+///
+/// # Errors
+/// If anything else is there.
+pub fn check(path: &Path, overwrite: bool) -> Result<Occupied, RestoreError> {
+    let refuse = |problem: &str, hint: &str| {
+        Err(RestoreError::Directory { path: path.to_owned(), problem: problem.to_owned(), hint: hint.to_owned() })
+    };
+    if !path.is_absolute() {
+        return refuse("is no absolute path", "give the whole path with --target-dir");
+    }
+    let mut entries = match fs::read_dir(path) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return check_parent(path),
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
+            return refuse("is not a directory", "choose another place with --target-dir");
+        }
+        Err(error) => return Err(RestoreError::file("look into", path)(error)),
+    };
+    if entries.next().is_none() {
+        return Ok(Occupied::Free);
+    }
+    if !is_cluster(path) {
+        return refuse(
+            "is not empty, and what it holds is no PostgreSQL cluster",
+            "choose an empty or absent directory with --target-dir; walguard never removes what it does not know",
+        );
+    }
+    if let Some(pid) = running_server(path)? {
+        return refuse(
+            &format!("belongs to a server that runs (process {pid})"),
+            "stop that server first, or choose another place with --target-dir",
+        );
+    }
+    if !overwrite {
+        return refuse(
+            "holds a cluster",
+            "choose another place with --target-dir; --overwrite replaces the cluster, for good",
+        );
+    }
+    Ok(Occupied::StoppedCluster)
+}
+
+/// The directory that the target is made in must be there.
+fn check_parent(path: &Path) -> Result<Occupied, RestoreError> {
+    let parent = path.parent().unwrap_or(path);
+    if parent.is_dir() {
+        return Ok(Occupied::Free);
+    }
+    Err(RestoreError::Directory {
+        path: path.to_owned(),
+        problem: format!("cannot be made, because {} is not there", parent.display()),
+        hint: format!("make it first: mkdir -p {}", parent.display()),
+    })
+}
+
+/// What every cluster has, even one whose restore was interrupted.
+fn is_cluster(path: &Path) -> bool {
+    let version = fs::read_to_string(path.join("PG_VERSION"));
+    version.is_ok_and(|text| text.trim().parse::<u32>().is_ok())
+        && ["base", "global"].iter().all(|d| path.join(d).is_dir())
+}
+
+/// The process that works in the directory, if there is one or if it cannot be proved that there is none.
+fn running_server(path: &Path) -> Result<Option<String>, RestoreError> {
+    let pid_file = path.join("postmaster.pid");
+    match fs::read_to_string(&pid_file) {
+        Ok(text) => {
+            let pid = text.lines().next().and_then(|line| line.trim().parse::<i32>().ok()).and_then(Pid::from_raw);
+            let Some(pid) = pid else { return Ok(Some("postmaster.pid names none".to_owned())) };
+            // Not permitted to signal it is alive too.
+            if test_kill_process(pid) != Err(rustix::io::Errno::SRCH) && !is_dead(pid) {
+                return Ok(Some(pid.as_raw_nonzero().to_string()));
+            }
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(RestoreError::file("read", pid_file)(error)),
+    }
+    match working_in(path) {
+        Some(found) => Ok(found),
+        None if was_shut_down(path) => Ok(None),
+        None => Ok(Some("pg_control does not say that it was shut down".to_owned())),
+    }
+}
+
+/// It has ended, but whoever started it has not taken note (state `Z`, behind the name in parentheses).
+fn is_dead(pid: Pid) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()));
+    stat.is_ok_and(|stat| stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('Z')))
+}
+
+/// A process whose working directory this is: all of a server's have it. `None` if processes cannot be seen.
+fn working_in(path: &Path) -> Option<Option<String>> {
+    let path = fs::canonicalize(path).ok()?;
+    let mut seen = false;
+    for entry in fs::read_dir("/proc").ok()?.flatten() {
+        let name = entry.file_name();
+        let Some(pid) = name.to_str().filter(|name| name.bytes().all(|b| b.is_ascii_digit())) else { continue };
+        // Those of other users cannot be looked at; a server that runs as another user has a directory that is not ours.
+        let Ok(working) = fs::read_link(entry.path().join("cwd")) else { continue };
+        seen = true;
+        if working == path && pid != std::process::id().to_string() {
+            return Some(Some(pid.to_owned()));
+        }
+    }
+    seen.then_some(None)
+}
+
+/// `pg_control` says that the server was shut down, as a primary or as a standby.
+///
+/// (Postgres: `ControlFileData.state` and `DBState` in `catalog/pg_control.h`; its offset is the same in 14 to 18.)
+fn was_shut_down(path: &Path) -> bool {
+    const SHUT_DOWN: [u32; 2] = [1, 2];
+    let Ok(control) = fs::read(path.join("global/pg_control")) else { return false };
+    let state = control.get(16..20).and_then(|bytes| bytes.try_into().ok()).map(u32::from_le_bytes);
+    state.is_some_and(|state| SHUT_DOWN.contains(&state))
+}
+
+/// Removes a stopped cluster from its directory, and what it has in its tablespaces' directories. The directories stay.
+///
+/// # Errors
+/// Of the file system.
+pub(super) fn clear(path: &Path) -> Result<(), RestoreError> {
+    let fail = |path: &Path| RestoreError::file("remove", path.to_owned());
+    // A crash in between must not leave something that starts: the control file goes first.
+    let control = path.join("global/pg_control");
+    match fs::remove_file(&control) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(fail(&control)(error)),
+        _ => {}
+    }
+    for link in entries(&path.join("pg_tblspc")) {
+        let Ok(target) = fs::read_link(&link) else { continue };
+        // A tablespace's directory holds one folder for each major version that uses it: `PG_15_202209061`.
+        let version = fs::read_to_string(path.join("PG_VERSION")).unwrap_or_default();
+        let prefix = format!("PG_{}_", version.trim());
+        for folder in entries(&target) {
+            if folder.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix)) {
+                fs::remove_dir_all(&folder).map_err(fail(&folder))?;
+            }
+        }
+    }
+    for entry in entries(path) {
+        let is_folder = fs::symlink_metadata(&entry).is_ok_and(|meta| meta.is_dir());
+        let removed = if is_folder { fs::remove_dir_all(&entry) } else { fs::remove_file(&entry) };
+        removed.map_err(fail(&entry))?;
+    }
+    Ok(())
+}
+
+fn entries(folder: &Path) -> Vec<PathBuf> {
+    fs::read_dir(folder).map(|entries| entries.flatten().map(|entry| entry.path()).collect()).unwrap_or_default()
+}
+
+/// Bytes free for us on the file system that `path` is on, or will be.
+pub(super) fn free_bytes(path: &Path) -> Option<u64> {
+    let there = path.ancestors().find(|path| path.is_dir())?;
+    let fs = rustix::fs::statvfs(there).ok()?;
+    fs.f_bavail.checked_mul(fs.f_frsize)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cluster(path: &Path, state: u32) {
+        for folder in ["base", "global", "pg_tblspc"] {
+            fs::create_dir_all(path.join(folder)).unwrap();
+        }
+        fs::write(path.join("PG_VERSION"), "15\n").unwrap();
+        let mut control = vec![0; 8192];
+        control[16..20].copy_from_slice(&state.to_le_bytes());
+        fs::write(path.join("global/pg_control"), control).unwrap();
+    }
+
+    fn problem(path: &Path, overwrite: bool) -> String {
+        check(path, overwrite).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn nothing_and_an_empty_directory_are_free() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(check(folder.path(), false).unwrap(), Occupied::Free);
+        assert_eq!(check(&folder.path().join("new"), false).unwrap(), Occupied::Free);
+        assert!(problem(&folder.path().join("no/parent"), false).contains("is not there"));
+        assert!(problem(Path::new("relative"), false).contains("absolute"));
+    }
+
+    #[test]
+    fn what_is_no_cluster_is_never_overwritten() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("thesis.tex"), "").unwrap();
+        assert!(problem(folder.path(), true).contains("no PostgreSQL cluster"));
+        assert!(problem(&folder.path().join("thesis.tex"), true).contains("not a directory"));
+    }
+
+    #[test]
+    fn a_cluster_is_overwritten_only_if_asked_for() {
+        let folder = tempfile::tempdir().unwrap();
+        cluster(folder.path(), 1);
+        assert!(problem(folder.path(), false).contains("holds a cluster"));
+        assert_eq!(check(folder.path(), true).unwrap(), Occupied::StoppedCluster);
+        clear(folder.path()).unwrap();
+        assert_eq!(check(folder.path(), false).unwrap(), Occupied::Free);
+    }
+
+    #[test]
+    fn a_cluster_whose_server_may_run_is_never_overwritten() {
+        let folder = tempfile::tempdir().unwrap();
+        cluster(folder.path(), 6);
+        fs::write(folder.path().join("postmaster.pid"), format!("{}\n", std::process::id())).unwrap();
+        assert!(problem(folder.path(), true).contains("a server that runs"));
+        // A process that works in the directory, whatever `postmaster.pid` says.
+        fs::remove_file(folder.path().join("postmaster.pid")).unwrap();
+        let mut worker = std::process::Command::new("sleep").arg("60").current_dir(folder.path()).spawn().unwrap();
+        let refused = check(folder.path(), true);
+        worker.kill().unwrap();
+        worker.wait().unwrap();
+        assert!(refused.unwrap_err().to_string().contains("a server that runs"));
+        // A crashed one does not run.
+        assert_eq!(check(folder.path(), true).unwrap(), Occupied::StoppedCluster);
+    }
+
+    #[test]
+    fn only_this_versions_folder_of_a_tablespace_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let (data, space) = (folder.path().join("data"), folder.path().join("space"));
+        cluster(&data, 1);
+        for name in ["PG_15_202209061", "PG_14_202107181", "mine"] {
+            fs::create_dir_all(space.join(name)).unwrap();
+        }
+        std::os::unix::fs::symlink(&space, data.join("pg_tblspc/16400")).unwrap();
+        clear(&data).unwrap();
+        let left: Vec<_> = entries(&space).iter().map(|p| p.file_name().unwrap().to_owned()).collect();
+        assert_eq!(left.len(), 2, "{left:?}");
+    }
+}

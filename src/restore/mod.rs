@@ -1,0 +1,18 @@
+//! The way back: from a target in people's words to a running server that is proved to stand exactly there.
+
+pub mod binaries;
+pub mod directory;
+pub mod error;
+pub mod extract;
+mod instance;
+mod path;
+pub mod plan;
+pub mod recovery;
+pub mod run;
+mod scan;
+pub mod target;
+pub mod wal_fetch;
+
+pub use error::RestoreError;
+pub use instance::Listen;
+pub use target::Target;

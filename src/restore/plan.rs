@@ -1,0 +1,755 @@
+//! Catalog, request and archived WAL -> a plan: what will be fetched, where recovery stops, what is kept and what is lost.
+//!
+//! A plan is a proof. Every byte of WAL from the backup's start to the stop is in the repository, was read, and its
+//! records' checksums are right; the place to stop was found by reading them, and the restored server is held to it.
+//! What cannot be proved is refused, with what is missing and which moments can be reached.
+//!
+//! **Archived up to.** A time behind the last commit is reachable if it is proved that nothing was committed in between:
+//! if some archived record (the end of a transaction, a checkpoint, a restore point) carries that time or a later one,
+//! then whatever was committed before it lies before that record, and is archived. The time at which the store received
+//! its newest object proves less: a commit may have been on its way to the store at that very moment. So a time behind
+//! the last record's is "not yet archived", even on a server that has been idle since; `latest` restores such a server
+//! to the same state.
+
+use futures_util::{StreamExt as _, stream};
+use tokio_util::sync::CancellationToken;
+
+use super::error::{Moment, Nearest, RestoreError};
+use super::path;
+use super::scan::{Goal, More, Scan, Scanned};
+pub use super::scan::{Stop, Transaction};
+use super::target::Target;
+use crate::backoff::Chain;
+use crate::decode::rmgr::xlog::Parameters;
+use crate::decode::{DecodeError, Reader, Source, WalMajor};
+use crate::pg::{Lsn, PgTime, Position, SegmentName, SegmentNumber, TimelineHistory, TimelineId};
+use crate::progress::Progress;
+use crate::repo::catalog::{BackupInfo, Catalog, CatalogScope, Missing};
+use crate::repo::{RepoError, Repository};
+
+/// Bytes of WAL read ahead of the decoder: four segments of the usual size hide a store's latency. Of larger segments
+/// one is read ahead.
+const READ_AHEAD_BYTES: u64 = 64 << 20;
+
+/// A checkpoint's time is cut to whole seconds, and taken just before the place is fixed where its WAL begins.
+const CHECKPOINT_TIME_SLACK: i64 = 2_000_000;
+
+/// What somebody wants.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// The moment.
+    pub target: Target,
+    /// Stop just before the target's transaction or time instead of just behind it.
+    pub exclusive: bool,
+    /// Follow the history of this timeline; by default that of the newest.
+    pub timeline: Option<TimelineId>,
+    /// Begin with the backup of this label; by default with the newest that serves.
+    pub backup: Option<String>,
+}
+
+/// What a restore will do. Same catalog and request, same plan.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct RestorePlan {
+    /// The cluster's name in the repository.
+    pub cluster: String,
+    /// What was asked for.
+    pub target: Target,
+    /// The backup that is extracted.
+    pub backup: BackupInfo,
+    /// Newer backups before the target that are not used, and why.
+    pub passed_over: Vec<PassedOver>,
+    /// The timelines that are followed, each with the place where it is left; the last is where recovery stops.
+    pub path: Vec<Leg>,
+    /// Given to the server as `recovery_target_timeline`.
+    pub timeline: TimelineId,
+    /// Where recovery stops.
+    pub stop: Stop,
+    /// The last transaction that is kept; `None` if none committed between the backup's start and the stop.
+    pub kept: Option<Transaction>,
+    /// The first transaction that is lost; `None` if none is archived.
+    pub lost: Option<Transaction>,
+    /// How far the WAL of the path is archived, without a hole from the backup on.
+    pub archived: Moment,
+    /// Bytes of WAL that recovery reads.
+    pub wal_bytes: u64,
+    /// Segments that these lie in.
+    pub wal_segments: u64,
+    /// About so many bytes of WAL and backup are fetched from the repository.
+    pub fetched_bytes: u64,
+    /// The time of the last transaction's end, commit or abort, that the server will have replayed, and of the one
+    /// before it.
+    #[serde(skip)]
+    pub(super) last_ends: [Option<PgTime>; 2],
+    /// The last record replayed is the end of a transaction.
+    #[serde(skip)]
+    pub(super) ends_with_transaction: bool,
+    /// What the WAL says of settings that the restored server must not have smaller.
+    #[serde(skip)]
+    pub(super) parameters: Option<Parameters>,
+}
+
+/// A backup that is not used.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct PassedOver {
+    /// Its name.
+    pub label: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// A stretch of one timeline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Leg {
+    /// The timeline.
+    pub timeline: TimelineId,
+    /// Where it is entered.
+    pub from: Lsn,
+    /// Where it is left.
+    pub to: Lsn,
+}
+
+/// Makes a plan. Reads the archived WAL from the backup's start to the target and, where one was committed, to the first
+/// transaction behind it; writes nothing.
+///
+/// # Errors
+/// If the target cannot be reached, or not provably.
+pub async fn plan(
+    repo: &Repository,
+    request: &Request,
+    progress: &dyn Progress,
+    cancel: &CancellationToken,
+) -> Result<RestorePlan, RestoreError> {
+    let catalog = cancellable(cancel, repo.catalog(CatalogScope::Everything)).await??;
+    let path = choose_path(&catalog, request.timeline)?;
+    let planner = Planner { repo, catalog: &catalog, path: &path, request, progress, cancel };
+    planner.plan().await
+}
+
+async fn cancellable<T>(cancel: &CancellationToken, work: impl Future<Output = T>) -> Result<T, RestoreError> {
+    cancel.run_until_cancelled(work).await.ok_or(RestoreError::Cancelled)
+}
+
+/// The history of the timeline asked for, or of the newest.
+fn choose_path(catalog: &Catalog, wanted: Option<TimelineId>) -> Result<TimelineHistory, RestoreError> {
+    let refuse =
+        |problem: String| RestoreError::Timeline { problem, known: catalog.timelines.keys().copied().collect() };
+    let Some(timeline) = wanted.or_else(|| catalog.newest_timeline()) else {
+        return Err(RestoreError::NoBackup { problem: "the repository holds no WAL".to_owned() });
+    };
+    if !catalog.timelines.contains_key(&timeline) {
+        return Err(refuse(format!("there is no timeline {timeline} in the repository")));
+    }
+    let history = catalog.history(timeline).cloned();
+    history.ok_or_else(|| refuse(format!("the history of timeline {timeline} is not in the repository")))
+}
+
+/// The backups that a restore along `path` may begin with, in the order in which they are tried: those without damaged
+/// pages before the others, newer before older.
+fn candidates<'a>(
+    catalog: &'a Catalog,
+    path: &'a TimelineHistory,
+    label: Option<&str>,
+) -> Result<Vec<&'a BackupInfo>, RestoreError> {
+    let refuse = |problem: String| RestoreError::NoBackup { problem };
+    if catalog.backups.is_empty() {
+        return Err(refuse("the repository holds no complete base backup".to_owned()));
+    }
+    let mut candidates: Vec<_> = catalog.backups_on(path).collect();
+    if let Some(label) = label {
+        let backup = catalog.backup(label).ok_or_else(|| refuse(format!("there is no backup `{label}`")))?;
+        if !candidates.contains(&backup) {
+            let problem = "was not taken on the history of timeline";
+            return Err(refuse(format!("backup `{label}` {problem} {}", path.timeline())));
+        }
+        candidates.retain(|candidate| candidate.label == label);
+    }
+    if candidates.is_empty() {
+        return Err(refuse(format!("no backup was taken on the history of timeline {}", path.timeline())));
+    }
+    if let Some(hole) = candidates.iter().find_map(|b| catalog.covered(path, b.start, b.stop).err()) {
+        candidates.retain(|backup| catalog.covered(path, backup.start, backup.stop).is_ok());
+        if candidates.is_empty() {
+            return Err(refuse(format!("no backup is usable yet, because {hole}")));
+        }
+    }
+    candidates.sort_by_key(|backup| (backup.bad_pages > 0, std::cmp::Reverse(backup.stop)));
+    Ok(candidates)
+}
+
+struct Planner<'a> {
+    repo: &'a Repository,
+    catalog: &'a Catalog,
+    path: &'a TimelineHistory,
+    request: &'a Request,
+    progress: &'a dyn Progress,
+    cancel: &'a CancellationToken,
+}
+
+/// What came of one backup.
+enum Tried {
+    /// It serves.
+    Plan(Box<RestorePlan>),
+    /// The target lies before its consistent point: this is where what is to be kept ends.
+    TooEarly(Lsn),
+    /// What was looked for is not behind its start.
+    NotThere,
+}
+
+/// Archived WAL that was read, and what was found in it.
+struct Read {
+    found: Scanned,
+    /// All of it was read up to here.
+    to: Lsn,
+}
+
+impl Planner<'_> {
+    async fn plan(&self) -> Result<RestorePlan, RestoreError> {
+        let candidates = candidates(self.catalog, self.path, self.request.backup.as_deref())?;
+        // A transaction or a name is looked for behind the newest backup first, then between it and the one before, and
+        // so on: what was meant is more likely new than old.
+        let mut searched_from: Option<Lsn> = None;
+        let mut kept_to: Option<Lsn> = None;
+        for backup in &candidates {
+            if self.is_too_late(backup, kept_to) {
+                continue;
+            }
+            let until = if kept_to.is_none() { searched_from } else { None };
+            if until.is_some_and(|until| until <= backup.start) {
+                continue;
+            }
+            match self.try_backup(backup, until, &candidates).await? {
+                Tried::Plan(plan) => return Ok(*plan),
+                Tried::TooEarly(lsn) => kept_to = Some(lsn),
+                Tried::NotThere => searched_from = Some(backup.start),
+            }
+        }
+        Err(self.refusal(&candidates, searched_from, kept_to))
+    }
+
+    /// True if the backup is surely consistent only behind the target.
+    fn is_too_late(&self, backup: &BackupInfo, kept_to: Option<Lsn>) -> bool {
+        match (kept_to, &self.request.target) {
+            (Some(kept_to), _) => backup.stop > kept_to,
+            // A backup that ended behind the target may still serve: nothing may have been committed in between.
+            (None, Target::Time(time)) => backup.start_time > *time,
+            (None, Target::Lsn(lsn)) => backup.stop > *lsn,
+            (None, Target::Latest | Target::Xid(_) | Target::Name(_)) => false,
+        }
+    }
+
+    fn goal(&self) -> Goal {
+        let exclusive = self.request.exclusive;
+        match &self.request.target {
+            Target::Latest => Goal::End,
+            Target::Time(at) => Goal::Time { at: *at, exclusive },
+            Target::Lsn(lsn) => Goal::Lsn(*lsn),
+            Target::Xid(xid) => Goal::Xid { xid: *xid, exclusive },
+            Target::Name(name) => Goal::Name(name.clone()),
+        }
+    }
+
+    async fn try_backup(
+        &self,
+        backup: &BackupInfo,
+        until: Option<Lsn>,
+        candidates: &[&BackupInfo],
+    ) -> Result<Tried, RestoreError> {
+        let end = self.catalog.contiguous_to(self.path, backup.start);
+        let hole = self.catalog.covered(self.path, backup.start, path::known_end(self.catalog, self.path)).err();
+        let behind = |before: Moment| self.behind_the_end(before, hole, candidates);
+        match self.request.target {
+            Target::Latest if hole.is_some() => return Err(behind(Moment { lsn: end, time: None })),
+            Target::Lsn(lsn) if lsn > padded(end) => return Err(behind(Moment { lsn: end, time: None })),
+            _ => {}
+        }
+        let mut read = self.read(backup, until.unwrap_or(end), candidates).await?;
+        if read.found.stop.is_some() && until.is_some() {
+            // Found in what lies before a newer backup: what is lost may lie behind that one's start.
+            read = self.read(backup, end, candidates).await?;
+        }
+        let Read { found, to } = &read;
+        let archived = found.everything.map_or(*to, |stop| stop.reached);
+        let stop = match (found.stop, &self.request.target) {
+            (Some(stop), _) => Some(stop),
+            (None, Target::Latest) => found.everything,
+            (None, Target::Lsn(lsn)) if *lsn <= padded(*to) => found.everything,
+            (None, Target::Time(time)) if found.latest >= Some(*time) => found.everything,
+            (None, Target::Lsn(_) | Target::Time(_)) => {
+                return Err(behind(Moment { lsn: archived, time: found.latest }));
+            }
+            (None, Target::Xid(_) | Target::Name(_)) => return Ok(Tried::NotThere),
+        };
+        let Some(stop) = stop else { return Ok(Tried::NotThere) };
+        if stop.reached < backup.stop || !self.began_before_the_target(found) {
+            return Ok(Tried::TooEarly(stop.reached.min(Lsn::new(backup.stop.bytes().saturating_sub(1)))));
+        }
+        if let (Target::Name(name), [_, _, ..]) = (&self.request.target, found.named.as_slice()) {
+            let places = found.named.iter().map(|(lsn, time)| Moment { lsn: *lsn, time: Some(*time) }).collect();
+            return Err(RestoreError::AmbiguousName { name: name.clone(), places });
+        }
+        let at_end = found.everything.is_some();
+        let archived = Moment { lsn: archived.max(end), time: found.latest.filter(|_| at_end) };
+        Ok(Tried::Plan(Box::new(self.make_plan(backup, candidates, &stop, found, archived))))
+    }
+
+    /// Proves that nothing that the backup itself holds was committed behind a target time: what was committed before the
+    /// backup's WAL begins cannot be left out any more.
+    ///
+    /// A transaction that ended behind that beginning and not behind the target proves it, and so does the time of the
+    /// checkpoint that the WAL begins with. The manifest's times do not: they are those of the backup's command, which
+    /// may wait for another checkpoint first.
+    fn began_before_the_target(&self, found: &Scanned) -> bool {
+        let Target::Time(target) = self.request.target else { return true };
+        let began = found.began.map(|began| PgTime::from_micros(began.micros().saturating_add(CHECKPOINT_TIME_SLACK)));
+        found.last_ends[0].is_some() || began.is_some_and(|began| began <= target)
+    }
+
+    fn make_plan(
+        &self,
+        backup: &BackupInfo,
+        candidates: &[&BackupInfo],
+        stop: &Stop,
+        found: &Scanned,
+        archived: Moment,
+    ) -> RestorePlan {
+        let size = self.catalog.identity.segment_size;
+        let last = size.segment_of(Lsn::new(stop.read_to.bytes().saturating_sub(1)));
+        let wal_segments = last.get() + 1 - size.segment_of(backup.start).get();
+        let (stored, segments) = self
+            .catalog
+            .timelines
+            .values()
+            .fold((0, 0), |(stored, segments), wal| (stored + wal.stored_bytes, segments + wal.segments));
+        RestorePlan {
+            cluster: self.repo.layout().cluster().to_owned(),
+            target: self.request.target.clone(),
+            backup: backup.clone(),
+            passed_over: self.passed_over(backup, candidates, stop.reached),
+            path: legs(self.path, backup, stop),
+            timeline: path::recovery_timeline(self.catalog, self.path, stop.lsn, stop.read_to),
+            stop: *stop,
+            kept: found.kept,
+            lost: found.lost,
+            archived,
+            wal_bytes: stop.read_to.saturating_sub(backup.start),
+            wal_segments,
+            fetched_bytes: backup.stored_bytes + wal_segments * (stored / segments.max(1)),
+            last_ends: found.last_ends,
+            ends_with_transaction: found.ends_with_transaction,
+            parameters: found.parameters,
+        }
+    }
+
+    /// Newer backups that the target lies behind, and why none of them was taken.
+    fn passed_over(&self, chosen: &BackupInfo, candidates: &[&BackupInfo], reached: Lsn) -> Vec<PassedOver> {
+        let newer = |backup: &&BackupInfo| backup.stop > chosen.stop && backup.stop <= reached;
+        let reason = |backup: &BackupInfo| match self.catalog.covered(self.path, backup.start, backup.stop) {
+            Err(missing) => missing.to_string(),
+            Ok(()) if self.request.backup.is_some() => "another was asked for".to_owned(),
+            Ok(()) => format!("{} pages failed their checksum", backup.bad_pages),
+        };
+        let damaged = |backup: &&BackupInfo| backup.bad_pages > chosen.bad_pages || !candidates.contains(backup);
+        self.catalog
+            .backups_on(self.path)
+            .filter(newer)
+            .filter(damaged)
+            .map(|backup| PassedOver { label: backup.label.clone(), reason: reason(backup) })
+            .collect()
+    }
+
+    /// The first moment that a backup behind `lsn` reaches.
+    fn first_behind(&self, lsn: Lsn, candidates: &[&BackupInfo]) -> Option<Moment> {
+        let behind = candidates.iter().filter(|backup| backup.start >= lsn).min_by_key(|backup| backup.stop)?;
+        Some(Moment { lsn: behind.stop, time: Some(behind.stop_time) })
+    }
+
+    /// The target lies behind all that is archived, or in a hole.
+    fn behind_the_end(&self, before: Moment, hole: Option<Missing>, candidates: &[&BackupInfo]) -> RestoreError {
+        let after = self.first_behind(before.lsn, candidates);
+        let nearest = Nearest { before: Some(before), after };
+        if let Some(missing) = hole {
+            return RestoreError::MissingWal { missing, nearest };
+        }
+        let problem = match self.request.target {
+            Target::Time(time) => format!("that everything committed before {time} is archived is not proved yet"),
+            Target::Lsn(lsn) => format!("WAL up to {lsn} is not archived yet"),
+            _ => "the WAL is not archived yet".to_owned(),
+        };
+        RestoreError::Unreachable { problem, nearest, not_yet: true }
+    }
+
+    /// No backup serves.
+    fn refusal(&self, candidates: &[&BackupInfo], searched: Option<Lsn>, kept_to: Option<Lsn>) -> RestoreError {
+        let first = candidates.iter().min_by_key(|backup| backup.stop);
+        if let (Some(from), None) = (searched, kept_to) {
+            let what = match &self.request.target {
+                Target::Name(name) => format!("restore point `{name}`"),
+                Target::Xid(xid) => format!("the end of transaction {xid}"),
+                other => format!("{other:?}"),
+            };
+            return RestoreError::NotInWal { what, from, to: self.catalog.contiguous_to(self.path, from) };
+        }
+        let after = first.map(|backup| Moment { lsn: backup.stop, time: Some(backup.stop_time) });
+        let problem = match self.request.backup {
+            Some(_) => "the target lies before the backup is consistent".to_owned(),
+            None => "the target lies before the first backup is consistent".to_owned(),
+        };
+        RestoreError::Unreachable { problem, nearest: Nearest { before: None, after }, not_yet: false }
+    }
+
+    /// Reads the WAL from a backup's start to `to`, or to what is looked for.
+    async fn read(&self, backup: &BackupInfo, to: Lsn, candidates: &[&BackupInfo]) -> Result<Read, RestoreError> {
+        let identity = &self.catalog.identity;
+        let size = identity.segment_size;
+        let major = WalMajor::of_server(identity.server_version)
+            .ok_or(RestoreError::UnsupportedMajor { major: identity.server_version.major() })?;
+        let source = Source { major, segment_size: size, system_id: Some(identity.system_id) };
+        let first = size.segment_of(backup.start);
+        let last = size.segment_of(Lsn::new(to.bytes().saturating_sub(1)));
+        self.progress.begin("read archived WAL", Some(to.saturating_sub(size.start_of(first))));
+        let files = (first.get()..=last.get())
+            .map(SegmentNumber::new)
+            .map_while(|segment| path::file_of(self.catalog, self.path, segment));
+        let ahead = usize::try_from((READ_AHEAD_BYTES / size.bytes()).clamp(1, 4)).unwrap_or(1);
+        let mut files = stream::iter(files)
+            .map(|(name, reach)| async move { (name, reach, self.repo.read_segment(&name).await) })
+            .buffered(ahead);
+        let mut pass = Pass {
+            reader: Reader::at_page(source, size.start_of(first)),
+            scan: Scan::new(self.goal(), backup.start),
+            from: backup.start,
+        };
+        let mut reached = backup.start;
+        let mut problem = None;
+        while let Some((name, reach, read)) = cancellable(self.cancel, files.next()).await? {
+            let reach = reach.min(to);
+            let bytes = match read {
+                Ok(read) if name.start() + read.valid_to >= reach => read.bytes,
+                Ok(read) => {
+                    problem = Some((name, format!("it ends after {} bytes", read.valid_to)));
+                    break;
+                }
+                Err(error @ RepoError::Damaged { .. }) => {
+                    problem = Some((name, error.to_string()));
+                    break;
+                }
+                Err(error) if error.is_not_found() => {
+                    problem = Some((name, Chain(&error).to_string()));
+                    break;
+                }
+                Err(error) => return Err(error.into()),
+            };
+            let length = usize::try_from(reach.saturating_sub(name.start())).unwrap_or(usize::MAX).min(bytes.len());
+            let slice = bytes.slice(..length);
+            let (again, more) = tokio::task::spawn_blocking(move || pass.take(&slice)).await.expect("decoding ends");
+            pass = again;
+            self.progress.advance(length as u64);
+            match more {
+                Ok(More::Yes) => reached = reach,
+                Ok(More::No) => {
+                    reached = reach;
+                    break;
+                }
+                // The server had written no further when the file was archived.
+                Err(DecodeError::Unwritten { at }) if name.number == last => {
+                    reached = at;
+                    break;
+                }
+                Err(error) => {
+                    problem = Some((name, error.to_string()));
+                    break;
+                }
+            }
+        }
+        self.progress.end();
+        let found = pass.scan.finish();
+        match problem {
+            // Damage behind the target does not keep anybody from it.
+            Some((name, problem)) if found.stop.is_none() => {
+                Err(self.damaged(&name, problem, backup, &found, candidates))
+            }
+            _ => Ok(Read { found, to: reached }),
+        }
+    }
+
+    fn damaged(
+        &self,
+        name: &SegmentName,
+        problem: String,
+        backup: &BackupInfo,
+        found: &Scanned,
+        candidates: &[&BackupInfo],
+    ) -> RestoreError {
+        let before = found.everything.filter(|stop| stop.reached >= backup.stop);
+        let before = before.map(|stop| Moment { lsn: stop.reached, time: found.latest });
+        let nearest = Nearest { before, after: self.first_behind(name.end(), candidates) };
+        RestoreError::DamagedWal { segment: name.to_string(), problem, nearest }
+    }
+}
+
+/// Reader and scan, which go to another thread and back.
+struct Pass {
+    reader: Reader,
+    scan: Scan,
+    /// Records before this one are not replayed.
+    from: Lsn,
+}
+
+impl Pass {
+    fn take(mut self, bytes: &[u8]) -> (Self, Result<More, DecodeError>) {
+        self.reader.push(bytes);
+        let more = self.drain();
+        (self, more)
+    }
+
+    fn drain(&mut self) -> Result<More, DecodeError> {
+        while let Some(record) = self.reader.next_record()? {
+            if record.lsn >= self.from && self.scan.see(&record)? == More::No {
+                return Ok(More::No);
+            }
+        }
+        Ok(More::Yes)
+    }
+}
+
+/// Records begin at multiples of 8 bytes: what follows the last one up to there holds nothing.
+fn padded(end: Lsn) -> Lsn {
+    Lsn::new(end.bytes().saturating_add(7) & !7)
+}
+
+/// The timelines from the backup's to the one on which the last record that is kept lies.
+fn legs(path: &TimelineHistory, backup: &BackupInfo, stop: &Stop) -> Vec<Leg> {
+    let timelines = path.ancestors().iter().map(|ancestor| ancestor.timeline).chain([path.timeline()]);
+    timelines
+        .filter(|timeline| *timeline >= backup.timeline)
+        .filter_map(|timeline| {
+            let from = path.begin_of(timeline)?.max(backup.start);
+            let to = path.end_of(timeline)?.min(stop.reached);
+            (from < to).then_some(Leg { timeline, from, to })
+        })
+        .collect()
+}
+
+impl RestorePlan {
+    /// Where recovery ends: what is kept ends here.
+    pub fn reached(&self) -> Position {
+        let timeline = self.path.last().map_or(self.timeline, |leg| leg.timeline);
+        Position { timeline, lsn: self.stop.reached }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::decode::RmgrId;
+    use crate::decode::testing::{WalWriter, Written, main_data, source};
+    use crate::pg::{ServerVersion, SystemId, Xid};
+    use crate::progress::Silent;
+    use crate::proto;
+    use crate::repo::backup::manifest;
+    use crate::repo::cluster::{ClusterIdentity, FORMAT};
+    use crate::repo::frame;
+    use crate::repo::store::MemoryStore;
+
+    /// Microseconds of a second.
+    const SECOND: i64 = 1_000_000;
+
+    /// A repository whose WAL is made by hand: one commit a second, in segments of 1 MiB.
+    struct World {
+        repo: Repository,
+        wal: WalWriter,
+        start: Lsn,
+    }
+
+    impl World {
+        async fn new() -> Self {
+            let repo = Repository::over(Arc::new(MemoryStore::new()), "main").unwrap();
+            let source = source(WalMajor::V15);
+            let identity = ClusterIdentity {
+                format: FORMAT,
+                system_id: source.system_id.unwrap(),
+                server_version: ServerVersion::new(150_018),
+                segment_size: source.segment_size,
+                created_at: jiff::Timestamp::UNIX_EPOCH,
+            };
+            repo.initialize(&identity).await.unwrap();
+            let start = Lsn::new(4 << 20);
+            Self { repo, wal: WalWriter::new(source, start), start }
+        }
+
+        fn commit(&mut self, xid: u32, seconds: i64) -> Written {
+            self.wal.record(RmgrId::XACT, 0, xid, &main_data(&(seconds * SECOND).to_le_bytes()))
+        }
+
+        /// Enough rows that the next record lies in a later segment.
+        fn fill(&mut self) {
+            for _ in 0..2 {
+                self.wal.record(RmgrId(10), 0, 9, &main_data(&[1; 700_000]));
+            }
+        }
+
+        /// A base backup, from its checkpoint's redo point to where it is consistent.
+        async fn backup(&mut self, label: &str, seconds: i64, bad_pages: u64) -> Written {
+            let redo = self.wal.record(RmgrId(10), 0, 9, &main_data(b"first"));
+            let mut checkpoint = vec![0; 88];
+            checkpoint[..8].copy_from_slice(&redo.lsn.bytes().to_le_bytes());
+            checkpoint[8] = 1;
+            checkpoint[12] = 1;
+            let unix = seconds + 946_684_800;
+            checkpoint[64..72].copy_from_slice(&unix.to_le_bytes());
+            self.wal.record(RmgrId::XLOG, 0x10, 0, &main_data(&checkpoint));
+            let end = self.wal.record(RmgrId::XLOG, 0x50, 0, &main_data(&redo.lsn.bytes().to_le_bytes()));
+            let manifest = proto::BackupManifest {
+                format: FORMAT,
+                label: label.to_owned(),
+                system_id: SystemId::new(42).get(),
+                server_version: 150_018,
+                wal_segment_size: 1 << 20,
+                timeline: 1,
+                start_lsn: redo.lsn.bytes(),
+                stop_lsn: end.end.bytes(),
+                start_time: seconds * SECOND,
+                stop_time: (seconds + 1) * SECOND,
+                bad_pages_total: bad_pages,
+                ..proto::BackupManifest::default()
+            };
+            let key = self.repo.layout().manifest(label);
+            self.repo.store().create(&key, manifest::encode(&manifest).into()).await.unwrap();
+            end
+        }
+
+        /// Archives everything: whole segments, and the last as a tail.
+        async fn archive(&self) {
+            let size = self.wal.source.segment_size;
+            for (index, bytes) in self.wal.bytes().chunks(1 << 20).enumerate() {
+                let name = SegmentName::at(TimelineId::FIRST, self.start + ((index as u64) << 20), size);
+                let key = match bytes.len() {
+                    0x10_0000 => self.repo.layout().segment(&name),
+                    length => self.repo.layout().tail(&name, 0, length as u32),
+                };
+                let stored = Bytes::from(frame::compress(bytes, 1));
+                self.repo.store().create(&key, stored).await.unwrap();
+            }
+        }
+
+        async fn remove(&self, lsn: Lsn) {
+            let name = SegmentName::at(TimelineId::FIRST, lsn, self.wal.source.segment_size);
+            self.repo.store().delete(&self.repo.layout().segment(&name)).await.unwrap();
+        }
+
+        async fn plan(&self, target: Target) -> Result<RestorePlan, RestoreError> {
+            let request = Request { target, exclusive: false, timeline: None, backup: None };
+            plan(&self.repo, &request, &Silent, &CancellationToken::new()).await
+        }
+    }
+
+    fn time(seconds: i64) -> Target {
+        Target::Time(PgTime::from_micros(seconds * SECOND))
+    }
+
+    fn xid(number: u32) -> Target {
+        Target::Xid(Xid::new(number).unwrap())
+    }
+
+    #[tokio::test]
+    async fn the_newest_backup_before_the_target_is_taken_and_everything_after_it_is_proved() {
+        let mut world = World::new().await;
+        world.backup("old", 10, 0).await;
+        let first = world.commit(3, 20);
+        world.fill();
+        world.backup("new", 30, 0).await;
+        let second = world.commit(4, 40);
+        let third = world.commit(5, 50);
+        world.archive().await;
+        for (target, label, kept, lost) in [
+            (time(25), "old", &first, Some(&second)),
+            (time(45), "new", &second, Some(&third)),
+            (xid(3), "old", &first, Some(&second)),
+            (xid(4), "new", &second, Some(&third)),
+            (Target::Lsn(second.lsn), "new", &first, Some(&second)),
+            (Target::Latest, "new", &third, None),
+        ] {
+            let plan = world.plan(target.clone()).await.unwrap();
+            assert_eq!(plan.backup.label, label, "{target:?}");
+            if plan.kept.is_some() || label == "old" {
+                assert_eq!(plan.kept.map(|t| t.lsn), Some(kept.lsn), "{target:?}");
+            }
+            assert_eq!(plan.lost.map(|t| t.lsn), lost.map(|t| t.lsn), "{target:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_time_between_a_backups_command_and_its_beginning_is_left_to_the_backup_before() {
+        let mut world = World::new().await;
+        world.backup("old", 10, 0).await;
+        let kept = world.commit(3, 20);
+        let lost = world.commit(4, 60);
+        // Its command came at 55 by the manifest, but its WAL begins behind the commit of 60.
+        let end = world.backup("new", 55, 0).await;
+        world.commit(5, 70);
+        world.archive().await;
+        let plan = world.plan(time(56)).await.unwrap();
+        assert_eq!((plan.backup.label.as_str(), plan.kept.unwrap().lsn), ("old", kept.lsn));
+        assert_eq!(plan.lost.unwrap().lsn, lost.lsn);
+        assert!(plan.stop.reached < end.lsn);
+    }
+
+    #[tokio::test]
+    async fn a_backup_with_damaged_pages_is_avoided_if_another_serves() {
+        let mut world = World::new().await;
+        world.backup("whole", 10, 0).await;
+        world.commit(3, 20);
+        world.backup("damaged", 30, 2).await;
+        world.commit(4, 40);
+        world.archive().await;
+        let plan = world.plan(Target::Latest).await.unwrap();
+        assert_eq!(plan.backup.label, "whole");
+        assert_eq!(plan.passed_over.len(), 1);
+        assert!(plan.passed_over[0].reason.contains("2 pages"));
+    }
+
+    #[tokio::test]
+    async fn a_hole_is_told_with_both_of_its_sides_and_what_lies_outside_is_reached() {
+        let mut world = World::new().await;
+        world.backup("old", 10, 0).await;
+        let first = world.commit(3, 20);
+        world.fill();
+        world.fill();
+        let hole = world.wal.at();
+        world.fill();
+        world.fill();
+        let end = world.backup("new", 30, 0).await;
+        world.commit(4, 40);
+        world.archive().await;
+        world.remove(hole).await;
+        let RestoreError::MissingWal { nearest, .. } = world.plan(time(25)).await.unwrap_err() else {
+            panic!("no hole")
+        };
+        assert!(nearest.before.unwrap().lsn >= first.end && nearest.before.unwrap().lsn <= hole);
+        assert_eq!(nearest.after.unwrap().lsn, end.end);
+        assert_eq!(world.plan(Target::Latest).await.unwrap().backup.label, "new");
+        assert_eq!(world.plan(Target::Lsn(first.end)).await.unwrap().kept.unwrap().lsn, first.lsn);
+        assert_eq!(world.plan(nearest.before.map(|m| Target::Lsn(m.lsn)).unwrap()).await.unwrap().backup.label, "old");
+    }
+
+    #[tokio::test]
+    async fn what_is_not_proved_to_be_archived_is_refused_for_now() {
+        let mut world = World::new().await;
+        world.backup("only", 10, 0).await;
+        let last = world.commit(3, 20);
+        world.archive().await;
+        for target in [time(21), Target::Lsn(Lsn::new(last.end.bytes() + 1))] {
+            let error = world.plan(target).await.unwrap_err();
+            assert!(error.is_transient(), "{error}");
+        }
+        // The exact end is there.
+        assert_eq!(world.plan(Target::Lsn(last.end)).await.unwrap().stop.reached, last.end);
+        assert_eq!(world.plan(time(20)).await.unwrap().stop.reached, last.end);
+        let early = world.plan(time(5)).await.unwrap_err();
+        assert!(!early.is_transient() && early.to_string().contains("before the first backup"), "{early}");
+    }
+}

@@ -1,0 +1,370 @@
+//! Records of archived WAL -> where exactly recovery stops. Pure.
+//!
+//! Times of transactions do not rise with the WAL: each is taken a moment before its record finds its place, and clocks
+//! are set. What a target time means is therefore decided as Postgres decides it: recovery stops before the first record,
+//! in the order of the WAL, that ends a transaction later than the target (`recoveryStopsBefore` in
+//! `access/transam/xlogrecovery.c`). What is found here is a position, and recovery goes by that.
+
+use crate::decode::rmgr::xact::{self, TransactionEnd};
+use crate::decode::rmgr::xlog::{self, Parameters, XlogRecord};
+use crate::decode::{DecodeError, Record};
+use crate::pg::{Lsn, PgTime, Xid};
+
+/// What a scan looks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Goal {
+    /// The last complete record.
+    End,
+    /// The first transaction that ended after this (or at it, if exclusive).
+    Time { at: PgTime, exclusive: bool },
+    /// The first record that does not lie wholly before this place.
+    Lsn(Lsn),
+    /// The end of this transaction.
+    Xid { xid: Xid, exclusive: bool },
+    /// The restore point of this name.
+    Name(String),
+}
+
+/// A transaction's end as plans show it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Transaction {
+    /// Where its commit record begins.
+    pub lsn: Lsn,
+    /// Where that record ends.
+    pub end: Lsn,
+    /// Its id.
+    pub xid: Option<Xid>,
+    /// When it ended, by the server's clock.
+    pub time: PgTime,
+}
+
+/// Where recovery stops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Stop {
+    /// `recovery_target_lsn`: the first record that is not wanted, or with `inclusive` the last that is.
+    pub lsn: Lsn,
+    /// `recovery_target_inclusive`.
+    pub inclusive: bool,
+    /// The end of that record: WAL is needed to here.
+    pub read_to: Lsn,
+    /// The end of the last record that is replayed: what `pg_last_wal_replay_lsn()` must answer.
+    pub reached: Lsn,
+}
+
+/// What a scan found out.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Scanned {
+    /// Where to stop; `None` if the goal was not met (always for [`Goal::End`]).
+    pub(super) stop: Option<Stop>,
+    /// The stop that keeps every record seen; `None` if `stop` was found, or nothing was.
+    pub(super) everything: Option<Stop>,
+    /// The last transaction that committed before the stop.
+    pub(super) kept: Option<Transaction>,
+    /// The first that committed behind it.
+    pub(super) lost: Option<Transaction>,
+    /// The time of the last transaction's end, commit or abort, before the stop, and of the one before that.
+    pub(super) last_ends: [Option<PgTime>; 2],
+    /// The last record before the stop is the end of a transaction.
+    pub(super) ends_with_transaction: bool,
+    /// The latest time that any record seen carries: what was committed before it is archived.
+    pub(super) latest: Option<PgTime>,
+    /// When the checkpoint began that the scan's backup begins with, in whole seconds.
+    pub(super) began: Option<PgTime>,
+    /// The greatest of each setting that a hot standby must not undercut, as far as the WAL says.
+    pub(super) parameters: Option<Parameters>,
+    /// All places of the restore point that was looked for.
+    pub(super) named: Vec<(Lsn, PgTime)>,
+    /// The end of the last record seen.
+    pub(super) end: Option<Lsn>,
+}
+
+/// A scan in progress.
+#[derive(Debug)]
+pub(super) struct Scan {
+    goal: Goal,
+    /// Where the backup's WAL begins: the redo point of its checkpoint.
+    from: Lsn,
+    found: Scanned,
+    /// The last record before the stop.
+    last: Option<Span>,
+    /// The goal is met with the last record: recovery stops before the next one.
+    met: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Span {
+    lsn: Lsn,
+    end: Lsn,
+}
+
+/// Whether more records are wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum More {
+    Yes,
+    No,
+}
+
+impl Scan {
+    pub(super) fn new(goal: Goal, from: Lsn) -> Self {
+        Self { goal, from, found: Scanned::default(), last: None, met: false }
+    }
+
+    /// Looks at the next record.
+    pub(super) fn see(&mut self, record: &Record<'_>) -> Result<More, DecodeError> {
+        self.found.end = Some(record.end);
+        let end = xact::read(record)?;
+        let machinery = xlog::read(record)?;
+        if let Some(XlogRecord::Checkpoint(checkpoint)) = machinery
+            && checkpoint.redo == self.from
+        {
+            self.found.began = self.found.began.or(Some(checkpoint.time));
+        }
+        if let Some(time) = end.map(|end| end.time).or_else(|| time_of(machinery.as_ref())) {
+            self.found.latest = self.found.latest.max(Some(time));
+        }
+        if self.found.stop.is_none() && (self.met || self.stops_before(record, end.as_ref())) {
+            self.found.stop = Some(Stop {
+                lsn: record.lsn,
+                inclusive: false,
+                read_to: record.end,
+                reached: self.last.map_or(record.lsn, |last| last.end),
+            });
+        }
+        if self.found.stop.is_none() {
+            self.keep(record, end.as_ref(), machinery.as_ref());
+            return Ok(More::Yes);
+        }
+        if let (None, Some(end)) = (self.found.lost, end.filter(|end| end.committed)) {
+            self.found.lost = Some(transaction(record, &end));
+        }
+        self.see_name(record, machinery.as_ref());
+        // Names are looked for to the end: there may be two of one name.
+        let done = self.found.lost.is_some() && !matches!(self.goal, Goal::Name(_));
+        Ok(if done { More::No } else { More::Yes })
+    }
+
+    /// What was found. `latest` and everything behind the stop know only what was seen.
+    pub(super) fn finish(mut self) -> Scanned {
+        if let (None, Some(last)) = (self.found.stop, self.last) {
+            let all = Some(Stop { lsn: last.lsn, inclusive: true, read_to: last.end, reached: last.end });
+            if self.met { self.found.stop = all } else { self.found.everything = all }
+        }
+        self.found
+    }
+
+    fn stops_before(&self, record: &Record<'_>, end: Option<&TransactionEnd<'_>>) -> bool {
+        match &self.goal {
+            Goal::End | Goal::Name(_) | Goal::Xid { exclusive: false, .. } => false,
+            Goal::Time { at, exclusive } => end.is_some_and(|end| end.time > *at || (*exclusive && end.time == *at)),
+            Goal::Lsn(lsn) => record.end.bytes() > lsn.bytes().saturating_add(7) & !7,
+            Goal::Xid { xid, exclusive: true } => end.is_some_and(|end| end.includes(*xid)),
+        }
+    }
+
+    fn keep(&mut self, record: &Record<'_>, end: Option<&TransactionEnd<'_>>, machinery: Option<&XlogRecord<'_>>) {
+        self.last = Some(Span { lsn: record.lsn, end: record.end });
+        self.found.ends_with_transaction = end.is_some();
+        if let Some(end) = end {
+            self.found.last_ends = [Some(end.time), self.found.last_ends[0]];
+            if end.committed {
+                self.found.kept = Some(transaction(record, end));
+            }
+        }
+        if let Some(XlogRecord::ParameterChange(new)) = machinery {
+            let old = self.found.parameters.unwrap_or_default();
+            self.found.parameters = Some(greatest(&old, new));
+        }
+        self.see_name(record, machinery);
+        self.met = match &self.goal {
+            Goal::Xid { xid, exclusive: false } => end.is_some_and(|end| end.includes(*xid)),
+            Goal::Name(_) => !self.found.named.is_empty(),
+            _ => false,
+        };
+    }
+
+    fn see_name(&mut self, record: &Record<'_>, machinery: Option<&XlogRecord<'_>>) {
+        if let (Goal::Name(name), Some(XlogRecord::RestorePoint(point))) = (&self.goal, machinery)
+            && point.name == name.as_bytes()
+        {
+            self.found.named.push((record.end, point.time));
+        }
+    }
+}
+
+fn transaction(record: &Record<'_>, end: &TransactionEnd<'_>) -> Transaction {
+    Transaction { lsn: record.lsn, end: record.end, xid: end.xid, time: end.time }
+}
+
+/// The server's clock when a record other than a transaction's end was written.
+fn time_of(record: Option<&XlogRecord<'_>>) -> Option<PgTime> {
+    match record? {
+        // A checkpoint carries the time of its beginning, which is before everything that its record stands behind.
+        XlogRecord::Checkpoint(checkpoint) => Some(checkpoint.time),
+        XlogRecord::RestorePoint(point) => Some(point.time),
+        XlogRecord::EndOfRecovery(end) => Some(end.time),
+        _ => None,
+    }
+}
+
+fn greatest(a: &Parameters, b: &Parameters) -> Parameters {
+    Parameters {
+        max_connections: a.max_connections.max(b.max_connections),
+        max_worker_processes: a.max_worker_processes.max(b.max_worker_processes),
+        max_wal_senders: a.max_wal_senders.max(b.max_wal_senders),
+        max_prepared_transactions: a.max_prepared_transactions.max(b.max_prepared_transactions),
+        max_locks_per_transaction: a.max_locks_per_transaction.max(b.max_locks_per_transaction),
+        wal_level: a.wal_level.max(b.wal_level),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::decode::testing::{WalWriter, Written, main_data, source};
+    use crate::decode::{Reader, RmgrId, WalMajor};
+
+    const START: Lsn = Lsn::new(1 << 20);
+
+    struct Wal(WalWriter);
+
+    impl Wal {
+        fn new() -> Self {
+            Self(WalWriter::new(source(WalMajor::V15), START))
+        }
+
+        fn ends(&mut self, info: u8, xid: u32, time: i64) -> Written {
+            self.0.record(RmgrId::XACT, info, xid, &main_data(&time.to_le_bytes()))
+        }
+
+        fn commit(&mut self, xid: u32, time: i64) -> Written {
+            self.ends(0, xid, time)
+        }
+
+        fn row(&mut self) -> Written {
+            self.0.record(RmgrId(10), 0, 9, &main_data(b"row"))
+        }
+
+        fn point(&mut self, name: &str, time: i64) -> Written {
+            let mut data = time.to_le_bytes().to_vec();
+            data.extend(name.as_bytes());
+            data.resize(72, 0);
+            self.0.record(RmgrId::XLOG, 0x70, 0, &main_data(&data))
+        }
+
+        fn scan(&self, goal: Goal) -> Scanned {
+            let mut reader = Reader::at_page(self.0.source, START);
+            reader.push(self.0.bytes());
+            let mut scan = Scan::new(goal, START);
+            while let Some(record) = reader.next_record().unwrap() {
+                if scan.see(&record).unwrap() == More::No {
+                    break;
+                }
+            }
+            scan.finish()
+        }
+    }
+
+    fn time(at: i64) -> Goal {
+        Goal::Time { at: PgTime::from_micros(at), exclusive: false }
+    }
+
+    fn xid(number: u32, exclusive: bool) -> Goal {
+        Goal::Xid { xid: Xid::new(number).unwrap(), exclusive }
+    }
+
+    #[test]
+    fn a_time_stops_before_the_first_later_end_even_if_an_earlier_one_follows() {
+        let mut wal = Wal::new();
+        let first = wal.commit(3, 100);
+        wal.row();
+        let late = wal.commit(4, 300);
+        wal.commit(5, 200); // its clock was read before, its record came after
+        let found = wal.scan(time(250));
+        assert_eq!(found.stop.unwrap().lsn, late.lsn);
+        assert!(!found.stop.unwrap().inclusive);
+        assert_eq!(found.kept.unwrap().lsn, first.lsn);
+        assert_eq!(found.lost.unwrap().lsn, late.lsn);
+    }
+
+    #[test]
+    fn an_abort_after_the_time_stops_too_and_the_lost_one_is_the_next_commit() {
+        let mut wal = Wal::new();
+        wal.commit(3, 100);
+        let abort = wal.ends(0x20, 4, 200);
+        let commit = wal.commit(5, 201);
+        let found = wal.scan(time(150));
+        assert_eq!((found.stop.unwrap().lsn, found.lost.unwrap().lsn), (abort.lsn, commit.lsn));
+    }
+
+    #[test]
+    fn a_commit_at_the_very_time_is_kept_unless_exclusive() {
+        let mut wal = Wal::new();
+        wal.commit(3, 100);
+        let at = wal.commit(4, 200);
+        let behind = wal.commit(5, 300);
+        assert_eq!(wal.scan(time(200)).stop.unwrap().lsn, behind.lsn);
+        let goal = Goal::Time { at: PgTime::from_micros(200), exclusive: true };
+        assert_eq!(wal.scan(goal).stop.unwrap().lsn, at.lsn);
+    }
+
+    #[test]
+    fn an_lsn_keeps_what_lies_wholly_before_it() {
+        let mut wal = Wal::new();
+        let first = wal.commit(3, 100);
+        let row = wal.row();
+        let last = wal.commit(4, 200);
+        for (lsn, stop) in [(row.lsn, row.lsn), (row.end, last.lsn), (Lsn::new(row.lsn.bytes() + 8), row.lsn)] {
+            let found = wal.scan(Goal::Lsn(lsn));
+            assert_eq!((found.stop.unwrap().lsn, found.kept.unwrap().lsn), (stop, first.lsn), "{lsn}");
+        }
+        // Nothing lies behind the last one: the caller decides whether that is enough.
+        let beyond = wal.scan(Goal::Lsn(last.end));
+        assert_eq!((beyond.stop, beyond.everything.unwrap().reached, beyond.end), (None, last.end, Some(last.end)));
+    }
+
+    #[test]
+    fn a_transaction_is_kept_or_with_exclusive_not() {
+        let mut wal = Wal::new();
+        let first = wal.commit(3, 100);
+        let wanted = wal.commit(4, 200);
+        let row = wal.row();
+        let lost = wal.commit(5, 300);
+        let found = wal.scan(xid(4, false));
+        let stop = Stop { lsn: row.lsn, inclusive: false, read_to: row.end, reached: wanted.end };
+        assert_eq!((found.stop, found.kept.unwrap().lsn, found.lost.unwrap().lsn), (Some(stop), wanted.lsn, lost.lsn));
+        let found = wal.scan(xid(4, true));
+        assert_eq!((found.stop.unwrap().lsn, found.kept.unwrap().lsn), (wanted.lsn, first.lsn));
+        assert_eq!(found.lost.unwrap().lsn, wanted.lsn);
+        assert_eq!(wal.scan(xid(77, false)).stop, None);
+        // The last of all: there is no record to stop before.
+        let stop = Stop { lsn: lost.lsn, inclusive: true, read_to: lost.end, reached: lost.end };
+        assert_eq!(wal.scan(xid(5, false)).stop, Some(stop));
+    }
+
+    #[test]
+    fn every_place_of_a_name_is_found() {
+        let mut wal = Wal::new();
+        let first = wal.point("nightly", 100);
+        let row = wal.row();
+        wal.commit(3, 150);
+        let second = wal.point("nightly", 200);
+        wal.point("nightly2", 300);
+        let found = wal.scan(Goal::Name("nightly".into()));
+        assert_eq!(found.named.iter().map(|n| n.0).collect::<Vec<_>>(), [first.end, second.end]);
+        assert_eq!(found.stop.unwrap().lsn, row.lsn);
+        assert_eq!(wal.scan(Goal::Name("night".into())).stop, None);
+    }
+
+    #[test]
+    fn the_end_is_the_last_complete_record() {
+        let mut wal = Wal::new();
+        wal.commit(3, 100);
+        let last = wal.commit(4, 200);
+        let found = wal.scan(Goal::End);
+        let stop = Stop { lsn: last.lsn, inclusive: true, read_to: last.end, reached: last.end };
+        assert_eq!((found.stop, found.everything), (None, Some(stop)));
+        assert!(found.ends_with_transaction);
+        assert_eq!(found.last_ends, [Some(PgTime::from_micros(200)), Some(PgTime::from_micros(100))]);
+        assert_eq!(found.lost, None);
+    }
+}

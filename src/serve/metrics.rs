@@ -1,0 +1,167 @@
+//! A status as Prometheus text.
+
+use std::fmt;
+use std::sync::atomic::AtomicU64;
+
+use jiff::Timestamp;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::{Registry, Unit};
+
+use super::status::Status;
+
+/// The metrics of `status` in the OpenMetrics text format. What is not known is absent, rather than 0.
+///
+/// # Errors
+/// None in practice: writing into a `String` does not fail.
+pub fn render(status: &Status) -> Result<String, fmt::Error> {
+    let labels = [("cluster".into(), status.cluster.clone().into())];
+    let mut registry = Registry::with_prefix_and_labels("walguard", labels.into_iter());
+    let mut metrics = Metrics(&mut registry);
+
+    metrics.flag("streaming", "WAL is streamed from the server", status.server.streaming);
+    metrics.flag("synchronous", "Commits wait for this agent", status.server.synchronous);
+    metrics.count("connections", "Connections begun to the server", status.server.connections);
+    let positions = [
+        ("flushed", "The end of the server's flushed WAL", status.server.flushed),
+        ("received", "WAL received up to here", status.received),
+        ("spooled", "WAL synced in the spool up to here", status.spooled),
+        ("archived", "WAL durable in the repository up to here", status.archived),
+    ];
+    for (name, help, position) in positions {
+        if let Some(position) = position {
+            metrics.bytes(&format!("{name}_position"), help, position.lsn.bytes());
+        }
+    }
+    if let Some(archived) = status.archived {
+        metrics.number("archived_timeline", "Timeline of the archived position", f64::from(archived.timeline.get()));
+    }
+    if let Some(bytes) = status.lag_bytes {
+        metrics.bytes("lag", "WAL that the server flushed and the repository does not hold", bytes);
+    }
+    if let Some(seconds) = status.lag_seconds {
+        metrics.seconds("lag_age", "For how long the oldest WAL that is not archived has been waiting", seconds);
+    }
+    metrics.bytes("spool", "WAL in the spool", status.spool.bytes);
+    metrics.bytes("spool_limit", "The most that the spool may hold", status.spool.size_max);
+    metrics.flag("spool_full", "The spool is full: nothing is read from the server", status.spool.full);
+    metrics.number("uploads", "WAL objects on their way to the repository", status.store.uploads as f64);
+    metrics.count("objects_stored", "WAL objects made", status.store.objects_total);
+    metrics.count("content_stored_bytes", "WAL in them", status.store.content_bytes_total);
+    metrics.count("stored_bytes", "The same, compressed", status.store.stored_bytes_total);
+    metrics.count("store_failures", "Calls to the repository that failed", status.store.failures_total);
+    if let Some(last) = &status.backups.last {
+        metrics.time("backup_last_timestamp", "When the newest base backup ended", last.at);
+        metrics.bytes("backup_last_stored", "Size of the newest base backup in the repository", last.stored_bytes);
+        metrics.number("backup_last_bad_pages", "Pages with a wrong checksum in it", last.bad_pages as f64);
+    }
+    metrics.flag("backup_running", "A base backup is being taken", status.backups.running.is_some());
+    metrics.number("gaps", "Holes in the archived WAL that this agent found", status.gaps.len() as f64);
+    metrics.number("attention", "Things that somebody should look at", status.attention().len() as f64);
+    metrics.alarms(status);
+
+    let mut text = String::new();
+    encode(&mut text, &registry)?;
+    Ok(text)
+}
+
+/// The content type of what [`render`] gives.
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+struct Metrics<'a>(&'a mut Registry);
+
+impl Metrics<'_> {
+    fn number(&mut self, name: &str, help: &str, value: f64) {
+        self.0.register(name, help, gauge(value));
+    }
+
+    fn flag(&mut self, name: &str, help: &str, value: bool) {
+        self.number(name, help, f64::from(u8::from(value)));
+    }
+
+    fn bytes(&mut self, name: &str, help: &str, value: u64) {
+        self.0.register_with_unit(name, help, Unit::Bytes, gauge(value as f64));
+    }
+
+    fn seconds(&mut self, name: &str, help: &str, value: f64) {
+        self.0.register_with_unit(name, help, Unit::Seconds, gauge(value));
+    }
+
+    fn time(&mut self, name: &str, help: &str, value: Timestamp) {
+        self.seconds(name, help, value.as_second() as f64);
+    }
+
+    fn count(&mut self, name: &str, help: &str, value: u64) {
+        let counter: Counter<u64, AtomicU64> = Counter::default();
+        counter.inc_by(value);
+        self.0.register(name, help, counter);
+    }
+
+    fn alarms(&mut self, status: &Status) {
+        let family: Family<Vec<(String, String)>, Gauge<f64, AtomicU64>> = Family::default();
+        for name in status.alarms.keys() {
+            family.get_or_create(&vec![("alarm".to_owned(), name.clone())]).set(1.0);
+        }
+        self.0.register("alarm", "What somebody must look at, by name", family);
+    }
+}
+
+fn gauge(value: f64) -> Gauge<f64, AtomicU64> {
+    let gauge: Gauge<f64, AtomicU64> = Gauge::default();
+    gauge.set(value);
+    gauge
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pg::{Lsn, Position, TimelineId};
+
+    #[test]
+    fn what_is_not_known_is_absent_and_the_rest_carries_the_cluster() {
+        let mut status = Status { cluster: "main".to_owned(), ..Status::default() };
+        let text = render(&status).unwrap();
+        assert!(!text.contains("archived_position"), "{text}");
+        status.archived = Some(Position { timeline: TimelineId::FIRST, lsn: Lsn::new(4096) });
+        status.store.failures_total = 3;
+        let text = render(&status).unwrap();
+        assert!(text.contains("walguard_archived_position_bytes{cluster=\"main\"} 4096"), "{text}");
+        assert!(text.contains("walguard_store_failures_total{cluster=\"main\"} 3"), "{text}");
+        assert!(text.ends_with("# EOF\n"));
+    }
+
+    #[test]
+    fn the_readme_lists_every_metric_and_no_other() {
+        // Every name that this file registers, whether a status has it or not.
+        let code = include_str!("metrics.rs").split("#[cfg(test)]").next().unwrap_or_default();
+        let calls = ["flag", "bytes", "seconds", "time", "number", "count"];
+        let mut names = vec!["walguard_alarm".to_owned()];
+        for line in code.lines().map(str::trim) {
+            let call = calls.iter().find_map(|call| Some((call, line.strip_prefix(&format!("metrics.{call}(\""))?)));
+            let Some((call, rest)) = call else { continue };
+            let name = rest.split('"').next().unwrap_or_default();
+            let unit = match *call {
+                "bytes" => "_bytes",
+                "seconds" | "time" => "_seconds",
+                "count" => "_total",
+                _ => "",
+            };
+            names.push(format!("walguard_{name}{unit}"));
+        }
+        for position in ["flushed", "received", "spooled", "archived"] {
+            names.push(format!("walguard_{position}_position_bytes"));
+        }
+        names.sort();
+        let readme = include_str!("../../README.md");
+        let mut listed: Vec<String> = readme
+            .lines()
+            .filter(|line| line.starts_with("| `walguard_"))
+            .flat_map(|line| line.split('`').skip(1).step_by(2))
+            .map(str::to_owned)
+            .collect();
+        listed.sort();
+        assert_eq!(listed, names);
+    }
+}

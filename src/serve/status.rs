@@ -1,0 +1,398 @@
+//! What the agent is doing, as one value.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use jiff::Timestamp;
+
+use crate::pg::{Lsn, Position, SegmentSize, ServerVersion, SystemId};
+
+/// What the agent told at one moment. Also what `GET /status` answers, as JSON.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
+pub struct Status {
+    /// walguard's version.
+    pub version: String,
+    /// The cluster's name in the repository.
+    pub cluster: String,
+    /// Where the repository is. Holds no secret.
+    pub repository: String,
+    /// The agent's machine; empty if no agent runs.
+    pub host: String,
+    /// The agent's process there.
+    pub pid: u32,
+    /// When the agent was started.
+    pub started_at: Option<Timestamp>,
+    /// When this was told.
+    pub at: Option<Timestamp>,
+    /// The server that is streamed from.
+    pub server: Server,
+    /// Everything before this was received.
+    pub received: Option<Position>,
+    /// Everything before this is synced in the spool.
+    pub spooled: Option<Position>,
+    /// Everything before this is durable in the repository.
+    pub archived: Option<Position>,
+    /// What the server has flushed and the repository does not hold, in bytes.
+    pub lag_bytes: Option<u64>,
+    /// For how long the oldest WAL that is not archived has been waiting, in seconds; 0 if there is none.
+    pub lag_seconds: Option<f64>,
+    /// The spool.
+    pub spool: SpoolStatus,
+    /// The repository's store.
+    pub store: StoreStatus,
+    /// Base backups.
+    pub backups: Backups,
+    /// Holes in the archived WAL that this agent found, in the order in which it did.
+    pub gaps: Vec<GapSeen>,
+    /// What somebody must look at, by name.
+    pub alarms: BTreeMap<String, Alarm>,
+}
+
+/// The server that is streamed from.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
+pub struct Server {
+    /// True while WAL is streamed from it.
+    pub streaming: bool,
+    /// The cluster's identity.
+    pub system_id: Option<SystemId>,
+    /// Its version.
+    pub version: Option<ServerVersion>,
+    /// Its segment size in bytes.
+    pub segment_size: Option<SegmentSize>,
+    /// The end of its flushed WAL, as it last said.
+    pub flushed: Option<Position>,
+    /// When it last said anything, by our clock.
+    pub heard_at: Option<Timestamp>,
+    /// The replication slot that holds WAL back for us.
+    pub slot: String,
+    /// What `pg_replication_slots.wal_status` says: `reserved`, `extended`, `unreserved`, `lost`.
+    pub slot_wal_status: Option<String>,
+    /// Commits wait for us: `synchronous_standby_names` matches our name.
+    pub synchronous: bool,
+    /// Connections begun since the agent was started.
+    pub connections: u64,
+    /// What is wrong now.
+    pub trouble: Option<Trouble>,
+}
+
+/// The spool.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
+pub struct SpoolStatus {
+    /// WAL in it, in bytes.
+    pub bytes: u64,
+    /// The most that it may hold, in bytes.
+    pub size_max: u64,
+    /// It is full, and nothing is read from the server until segments have left it.
+    pub full: bool,
+    /// What is wrong now.
+    pub trouble: Option<Trouble>,
+}
+
+/// The repository's store.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
+pub struct StoreStatus {
+    /// It refuses by itself to overwrite an object; where it does not, walguard looks before it puts.
+    pub enforces_create_once: bool,
+    /// Objects on their way.
+    pub uploads: u64,
+    /// WAL objects made since the agent was started.
+    pub objects_total: u64,
+    /// WAL in them, in bytes.
+    pub content_bytes_total: u64,
+    /// The same compressed, in bytes.
+    pub stored_bytes_total: u64,
+    /// Calls that failed and were tried again, since the agent was started.
+    pub failures_total: u64,
+    /// What is wrong now.
+    pub trouble: Option<Trouble>,
+}
+
+/// Base backups.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
+pub struct Backups {
+    /// The newest complete one.
+    pub last: Option<LastBackup>,
+    /// The one that is being taken.
+    pub running: Option<RunningBackup>,
+    /// When the next one is due; `None` if none is scheduled.
+    pub next_at: Option<Timestamp>,
+    /// What is wrong now.
+    pub trouble: Option<Trouble>,
+}
+
+/// The newest complete base backup.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct LastBackup {
+    /// Its name.
+    pub label: String,
+    /// When it ended, by the server's clock.
+    pub at: Timestamp,
+    /// Its size in the repository, in bytes.
+    pub stored_bytes: u64,
+    /// Where it begins.
+    pub start: Position,
+    /// Pages with a wrong checksum in it.
+    pub bad_pages: u64,
+}
+
+/// A base backup that is being taken.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct RunningBackup {
+    /// When it began, by our clock.
+    pub since: Timestamp,
+    /// Bytes read from the server.
+    pub bytes_done: u64,
+    /// Bytes that the server announced, about.
+    pub bytes_total: Option<u64>,
+}
+
+/// WAL that is missing from the archive for good.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct GapSeen {
+    /// The first missing byte.
+    pub from: Position,
+    /// The byte after the last one.
+    pub to: Lsn,
+    /// Why.
+    pub reason: String,
+}
+
+/// Something that fails and is being tried again.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Trouble {
+    /// Since when.
+    pub since: Timestamp,
+    /// How often it has failed in a row.
+    pub failures: u64,
+    /// The last error.
+    pub error: String,
+    /// What the operator can do.
+    pub hint: Option<String>,
+}
+
+impl Trouble {
+    /// `before` with one more failure, or the first.
+    pub fn again(before: Option<&Self>, at: Timestamp, error: String, hint: Option<String>) -> Self {
+        Self { since: before.map_or(at, |b| b.since), failures: before.map_or(1, |b| b.failures + 1), error, hint }
+    }
+}
+
+/// What somebody must look at.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Alarm {
+    /// Since when.
+    pub since: Timestamp,
+    /// What is the matter.
+    pub text: String,
+    /// What the operator can do.
+    pub hint: Option<String>,
+}
+
+/// Trouble that lasts longer than this is worth a person's time; most passes sooner.
+const TROUBLE_MAX: Duration = Duration::from_secs(60);
+/// WAL that waits longer than this endangers what the archive promises.
+const LAG_MAX: Duration = Duration::from_secs(60);
+
+impl Status {
+    /// What somebody should look at, in words: alarms, and trouble that does not pass. Empty if all is well.
+    pub fn attention(&self) -> Vec<String> {
+        let now = self.at.unwrap_or(Timestamp::UNIX_EPOCH);
+        let mut found: Vec<String> = self.alarms.values().map(|a| with_hint(&a.text, a.hint.as_deref())).collect();
+        let troubles = [
+            ("the server", &self.server.trouble),
+            ("the repository", &self.store.trouble),
+            ("the spool", &self.spool.trouble),
+            ("base backups", &self.backups.trouble),
+        ];
+        for (what, trouble) in troubles {
+            if let Some(trouble) = trouble
+                && age(now, trouble.since) > TROUBLE_MAX
+            {
+                let text = format!("trouble with {what} since {:.0}: {}", trouble.since, trouble.error);
+                found.push(with_hint(&text, trouble.hint.as_deref()));
+            }
+        }
+        if let Some(seconds) = self.lag_seconds
+            && seconds > LAG_MAX.as_secs_f64()
+        {
+            found.push(format!("WAL has been waiting for {seconds:.0} s to be archived"));
+        }
+        if self.spool.full {
+            found.push("the spool is full: no WAL is read from the server".to_owned());
+        }
+        if let Some(last) = &self.backups.last
+            && last.bad_pages > 0
+        {
+            found.push(format!("backup {} holds {} pages with a wrong checksum", last.label, last.bad_pages));
+        }
+        found
+    }
+}
+
+fn with_hint(text: &str, hint: Option<&str>) -> String {
+    hint.map_or_else(|| text.to_owned(), |hint| format!("{text} ({hint})"))
+}
+
+fn age(now: Timestamp, then: Timestamp) -> Duration {
+    Duration::try_from(now.duration_since(then)).unwrap_or_default()
+}
+
+/// Where the loops write down what they do. Clones are handles to one board.
+#[derive(Clone, Debug, Default)]
+pub struct Board {
+    inner: Arc<Mutex<Inner>>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    status: Status,
+    /// When the server sent WAL up to a position that is not archived yet, oldest first.
+    marks: VecDeque<(Position, Timestamp)>,
+}
+
+/// Marks kept: at ten a second and position, more than an hour; then every second one is dropped.
+const MARKS_MAX: usize = 8192;
+/// Marks are no closer than this: it bounds the error of `lag_seconds`.
+const MARK_APART: Duration = Duration::from_millis(100);
+
+impl Board {
+    /// A board that says `status` to begin with.
+    pub fn new(status: Status) -> Self {
+        Self { inner: Arc::new(Mutex::new(Inner { status, marks: VecDeque::new() })) }
+    }
+
+    /// Changes what it says.
+    pub fn update(&self, change: impl FnOnce(&mut Status)) {
+        change(&mut self.lock().status);
+    }
+
+    /// WAL up to `position` came in, which the server sent at `sent_at` (by our clock).
+    pub fn received(&self, position: Position, sent_at: Timestamp) {
+        let mut inner = self.lock();
+        inner.status.received = Some(position);
+        inner.status.server.heard_at = Some(sent_at);
+        let close = inner.marks.back().is_some_and(|(_, last)| age(sent_at, *last) < MARK_APART);
+        if !close {
+            inner.marks.push_back((position, sent_at));
+        }
+        if inner.marks.len() > MARKS_MAX {
+            let mut keep = false;
+            inner.marks.retain(|_| {
+                keep = !keep;
+                keep
+            });
+        }
+    }
+
+    /// Everything before `position` is durable in the repository.
+    pub fn archived(&self, position: Position) {
+        let mut inner = self.lock();
+        inner.status.archived = Some(position);
+        while inner.marks.front().is_some_and(|(mark, _)| *mark <= position) {
+            inner.marks.pop_front();
+        }
+    }
+
+    /// Raises an alarm; one of this name that is up already keeps its time.
+    pub fn raise(&self, name: &str, text: String, hint: Option<String>) {
+        let mut inner = self.lock();
+        let since = inner.status.alarms.get(name).map_or_else(Timestamp::now, |a| a.since);
+        let known =
+            inner.status.alarms.insert(name.to_owned(), Alarm { since, text: text.clone(), hint: hint.clone() });
+        drop(inner);
+        if known.is_none_or(|k| k.text != text) {
+            tracing::error!(alarm = name, hint, "{text}");
+        }
+    }
+
+    /// Takes an alarm down.
+    pub fn clear(&self, name: &str) {
+        if self.lock().status.alarms.remove(name).is_some() {
+            tracing::info!(alarm = name, "the alarm is over");
+        }
+    }
+
+    /// What it says, at `now`.
+    pub fn snapshot(&self, now: Timestamp) -> Status {
+        let inner = self.lock();
+        let mut status = inner.status.clone();
+        status.at = Some(now);
+        if let (Some(flushed), Some(archived)) = (status.server.flushed, status.archived) {
+            status.lag_bytes = Some(flushed.lsn.saturating_sub(archived.lsn));
+        }
+        // A position between two marks was received no later than the mark after it.
+        let caught_up = status.archived >= status.received;
+        let oldest = inner.marks.front().filter(|_| !caught_up);
+        status.lag_seconds = status.received.map(|_| oldest.map_or(0.0, |(_, at)| age(now, *at).as_secs_f64()));
+        status
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Whoever panicked while writing left whole values behind: each change is one assignment.
+        self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pg::TimelineId;
+
+    fn at(lsn: u64) -> Position {
+        Position { timeline: TimelineId::FIRST, lsn: Lsn::new(lsn) }
+    }
+
+    fn second(n: i64) -> Timestamp {
+        Timestamp::from_second(n).unwrap()
+    }
+
+    #[test]
+    fn lag_is_the_age_of_the_oldest_wal_that_is_not_archived() {
+        let board = Board::default();
+        assert_eq!(board.snapshot(second(0)).lag_seconds, None, "nothing is known yet");
+        board.received(at(100), second(10));
+        board.received(at(200), second(20));
+        assert_eq!(board.snapshot(second(25)).lag_seconds, Some(15.0));
+        board.archived(at(150));
+        assert_eq!(board.snapshot(second(25)).lag_seconds, Some(5.0));
+        board.archived(at(200));
+        assert_eq!(board.snapshot(second(25)).lag_seconds, Some(0.0));
+    }
+
+    #[test]
+    fn marks_stay_bounded_however_long_the_repository_is_away() {
+        let board = Board::default();
+        for n in 0..100_000 {
+            board.received(at(n as u64 + 1), second(n));
+        }
+        assert!(board.lock().marks.len() <= MARKS_MAX);
+        assert_eq!(board.snapshot(second(100_000)).lag_seconds, Some(100_000.0), "the oldest is remembered");
+    }
+
+    #[test]
+    fn trouble_that_passes_soon_needs_nobody() {
+        let trouble = Trouble::again(None, second(100), "away".to_owned(), None);
+        let mut status = Status { at: Some(second(130)), ..Status::default() };
+        status.store.trouble = Some(Trouble::again(Some(&trouble), second(120), "still away".to_owned(), None));
+        assert_eq!(status.attention(), Vec::<String>::new());
+        status.at = Some(second(161));
+        assert!(status.attention().concat().contains("still away"));
+    }
+
+    #[test]
+    fn a_status_survives_the_way_over_http() {
+        let board = Board::default();
+        board.received(at(100), second(10));
+        board.raise("gap", "WAL is missing".to_owned(), Some("take a backup".to_owned()));
+        board.update(|s| s.server.system_id = Some(SystemId::new(u64::MAX)));
+        let status = board.snapshot(second(11));
+        let json = serde_json::to_string(&status).unwrap();
+        assert_eq!(serde_json::from_str::<Status>(&json).unwrap(), status);
+    }
+}

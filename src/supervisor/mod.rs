@@ -1,0 +1,262 @@
+//! The loops of the agent: who runs, what they tell each other, and how they end.
+//!
+//! ```text
+//! capture   server -> spool         publishes what is spooled; tells the server what is durable
+//! archive   spool -> repository     publishes what is archived
+//! backups   server -> repository    when there is none, when WAL was lost, on schedule
+//! lease     one agent per cluster   renews; a lease that is lost ends the agent
+//! watch     SQL, systemd            what only SQL tells; watchdog
+//! http      status, metrics
+//! ```
+//!
+//! Positions travel over `watch` channels, WAL never does: the spool is the queue. Whatever passes by itself is tried
+//! again inside its loop, for ever, and shown in the status; whatever does not ends the loop, and with it the agent.
+//!
+//! # What a death leaves behind, and what the next start does
+//!
+//! All durable state is in the repository and in the server's slot, so there is nothing to repair, only to look up.
+//!
+//! | killed | left behind | the next start |
+//! |---|---|---|
+//! | while writing the spool | a `.partial` segment file of unknown length | removes it; the segment is streamed again from its beginning, which the slot still holds |
+//! | while uploading | nothing, or a whole object (stores make objects whole or not at all) | uploads again; the same content is success |
+//! | after a put whose answer was lost | the object | uploads again; the same content is success |
+//! | between a segment's put and the deletion of its tails | obsolete tails | finds them beside the segment and deletes them |
+//! | between tails | tails without a hole up to the archived position | goes on with the next tail |
+//! | during a base backup | parts without a manifest, which are no backup | takes another one; `expire` removes the parts |
+//! | with the spool lost, on a new machine | nothing local | finds the archived position in the repository and streams from there |
+//! | with a spool that is older than the archive | segments that are archived | removes them |
+//! | with the slot dropped | WAL that the server may have removed | makes the slot anew; if WAL is gone: gap object, alarm, new base backup |
+//! | during a timeline switch | a finished old timeline in the spool, or tails up to some point | streams the old timeline to its end, then the new one from the switch point's segment |
+
+mod archive;
+mod backups;
+mod capture;
+mod lease;
+mod loops;
+mod path;
+mod patience;
+mod schedule;
+mod source;
+mod watch;
+
+use anyhow::Context as _;
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
+use sd_notify::NotifyState;
+use tokio_util::sync::CancellationToken;
+
+use crate::backoff::{Chain, RetryPolicy};
+use crate::capture::ConnInfo;
+use crate::capture::spool::Spool;
+use crate::pg::Lsn;
+use crate::repo::Created;
+use crate::repo::Repository;
+use crate::repo::archiver::{self, Archiver, Channels, Report};
+use crate::repo::cluster::ClusterIdentity;
+use crate::repo::lease::{Claim, Lease, LeaseError};
+use crate::serve::http;
+use crate::serve::status::{Board, Status, Trouble};
+use crate::settings::Settings;
+use loops::Loops;
+use source::{Source, SourceError};
+
+/// What an agent works with.
+#[derive(Debug)]
+pub struct Agent {
+    /// All settings.
+    pub settings: Settings,
+    /// The server.
+    pub conninfo: ConnInfo,
+    /// The cluster's place in the repository.
+    pub repo: Repository,
+    /// The zone of `backup.at`.
+    pub zone: TimeZone,
+    /// Take base backups on schedule, and when WAL was lost.
+    pub backups: bool,
+}
+
+/// Where an agent begins, found out before its loops run.
+#[derive(Debug)]
+struct Beginning {
+    identity: ClusterIdentity,
+    start: archiver::start::Start,
+    spool: Spool,
+    source: Source,
+    claim: Claim,
+    lease: Lease,
+}
+
+impl Agent {
+    /// Runs until `stop` is cancelled: then WAL that was received is archived within ten seconds, as far as the
+    /// repository takes it.
+    ///
+    /// # Errors
+    /// What cannot pass by itself. At the start that includes a server that refuses us and a repository that belongs to
+    /// another cluster; later only what would do harm if it were ignored.
+    pub async fn run(self, stop: CancellationToken) -> anyhow::Result<()> {
+        let settings = &self.settings;
+        let board = Board::new(Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            cluster: settings.cluster.clone(),
+            repository: self.repo.url(),
+            host: lease::host(),
+            pid: std::process::id(),
+            started_at: Some(Timestamp::now()),
+            ..Status::default()
+        });
+        board.update(|s| s.server.slot.clone_from(&settings.postgres.slot));
+        let listener = http::bind(&settings.http).await.context("open the port of `http.listen`")?;
+        tracing::info!(http = %listener.local_addr()?, version = env!("CARGO_PKG_VERSION"), "agent started");
+        watch::notify(&[NotifyState::Ready]);
+
+        let mut loops = Loops::new(stop.clone());
+        let window = board.clone();
+        loops.start("http", |stop| async move { Ok(http::serve(listener, window, stop).await?) });
+        let Some(begun) = stop.run_until_cancelled(self.begin(&board)).await else { return Ok(()) };
+        let Beginning { identity, start, spool, source, claim, lease } = begun?;
+
+        let archived = tokio::sync::watch::Sender::new(start.archived);
+        let report = tokio::sync::watch::Sender::new(Report::default());
+        let synchronous = tokio::sync::watch::Sender::new(false);
+        let backup_wanted = tokio::sync::watch::Sender::new(None);
+        let spool_closed = CancellationToken::new();
+
+        let streaming = capture::Capture {
+            source,
+            identity,
+            have: spool.spooled().position().max(start.archived),
+            spool: spool.clone(),
+            board: board.clone(),
+            durability: settings.archive.durability,
+            archived: archived.subscribe(),
+            synchronous: synchronous.clone(),
+            backup_wanted: backup_wanted.clone(),
+            lost: None,
+        };
+        let closed = spool_closed.clone().drop_guard();
+        loops.start("capture", |stop| async move {
+            let result = streaming.run(stop).await;
+            drop(closed); // nothing more comes into the spool
+            result
+        });
+
+        let told = (archived.subscribe(), report.subscribe());
+        let channels = Channels { archived, report, synchronous: synchronous.subscribe() };
+        let archiver = Archiver::new(&self.repo, &spool, &settings.archive, start, channels);
+        let tell = board.clone();
+        loops.start("archive", |stop| archive::run(archiver, told.0, told.1, tell, stop, spool_closed));
+
+        let watching = watch::Watch {
+            conninfo: self
+                .conninfo
+                .clone()
+                .with_application_name(&format!("{}-watch", self.conninfo.application_name())),
+            stream_name: self.conninfo.application_name().to_owned(),
+            slot: settings.postgres.slot.clone(),
+            board: board.clone(),
+            synchronous,
+        };
+        loops.start("watch", |stop| watching.run(stop));
+
+        if self.backups {
+            let backups = backups::Backups {
+                conninfo: self.conninfo.clone(),
+                repo: self.repo.clone(),
+                config: settings.backup.clone(),
+                schedule: schedule::Schedule {
+                    every: settings.backup.interval.filter(|interval| !interval.is_zero()),
+                    at: settings.backup.at,
+                    zone: self.zone.clone(),
+                },
+                keep: settings.retention,
+                board: board.clone(),
+                wanted: backup_wanted,
+            };
+            loops.start("backups", |stop| backups.run(stop));
+        }
+        let (repo, held) = (self.repo.clone(), lease.clone());
+        loops.start("lease", |stop| lease::run(repo, claim, held, stop));
+
+        let result = loops.run().await;
+        lease::release(&self.repo, &lease).await;
+        tracing::info!(archived = board.snapshot(Timestamp::now()).archived.map(|a| a.to_string()), "agent stopped");
+        result
+    }
+
+    /// Finds out who the server is, whose the repository is, and where the archive stands. Waits for both as long as it
+    /// takes; what will not pass is an error, so that a mistake in the settings shows at once.
+    async fn begin(&self, board: &Board) -> anyhow::Result<Beginning> {
+        let source = Source::new(self.conninfo.clone(), self.settings.postgres.slot.clone(), self.repo.clone());
+        let mut failures = 0;
+        loop {
+            let error = match self.try_begin(source.clone(), board).await {
+                Ok(beginning) => {
+                    board.clear("lease");
+                    board.update(|s| {
+                        s.server.trouble = None;
+                        s.store.trouble = None;
+                        s.spool.trouble = None;
+                    });
+                    return Ok(beginning);
+                }
+                Err(error) if error.is_transient() => error,
+                Err(error) => return Err(error.into_anyhow()).context("begin"),
+            };
+            failures += 1;
+            let pause = RetryPolicy::FOREVER.pause(failures);
+            let (text, hint) = (Chain(&error).to_string(), error.hint());
+            if matches!(error, SourceError::Lease(LeaseError::Held(_))) {
+                board.raise("lease", text.clone(), hint.clone());
+            }
+            board.update(|s| {
+                let place = match &error {
+                    SourceError::Repo(_) => &mut s.store.trouble,
+                    SourceError::Spool(_) => &mut s.spool.trouble,
+                    _ => &mut s.server.trouble,
+                };
+                *place = Some(Trouble::again(place.as_ref(), Timestamp::now(), text.clone(), hint));
+            });
+            if failures.is_power_of_two() {
+                tracing::warn!(failures, ?pause, hint = error.hint(), "failed to begin, will try again: {text}");
+            }
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    async fn try_begin(&self, mut source: Source, board: &Board) -> Result<Beginning, SourceError> {
+        let source::Connected { mut walsender, identity, at } = source.connect().await?;
+        if self.repo.initialize(&identity).await? == Created::New {
+            tracing::info!(url = self.repo.url(), system_id = %identity.system_id, "made the cluster's place");
+        }
+        let probe = self.repo.probe().await?;
+        board.update(|s| {
+            s.server.system_id = Some(identity.system_id);
+            s.server.version = Some(identity.server_version);
+            s.server.segment_size = Some(identity.segment_size);
+            s.server.flushed = Some(at);
+            s.store.enforces_create_once = probe.create_once;
+            s.spool.size_max = self.settings.spool.size_max.as_u64();
+        });
+        let spool = Spool::open(&self.settings.spool, &self.settings.cluster, identity.segment_size)?;
+        let claim = lease::claim(spool.holder());
+        let lease = self.repo.acquire_lease(&claim, Timestamp::now(), |held| lease::is_gone(&claim, held)).await?;
+
+        let path = source.path(&mut walsender, at.timeline).await?;
+        let restart = source.ensure_slot(&mut walsender).await?;
+        drop(walsender); // the search below may take a while, and a connection is a process of the server
+        // With `durability = "spool"` the slot begins behind what is only in the spool.
+        let spooled = spool.spooled().runs.first().map_or(restart, |run| run.begin.max(Lsn::new(1)));
+        let start = archiver::start::find(&self.repo, &path, Some(restart.min(spooled))).await?;
+        match start.archived {
+            Some(archived) => tracing::info!(%archived, "the archive was found"),
+            None => tracing::info!("the archive is empty"),
+        }
+        spool.keep_from(start.archived)?;
+        board.update(|s| {
+            s.archived = start.archived;
+            s.spool.bytes = spool.spooled().bytes;
+        });
+        Ok(Beginning { identity, start, spool, source, claim, lease })
+    }
+}

@@ -1,0 +1,132 @@
+//! The loop that looks after the others: asks the server over SQL what only SQL tells, and tells systemd how we are.
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use jiff::Timestamp;
+use sd_notify::NotifyState;
+use tokio::sync::watch;
+use tokio_postgres::types::PgLsn;
+use tokio_util::sync::CancellationToken;
+
+use crate::capture::{self, ConnInfo};
+use crate::pg::{Lsn, Position};
+use crate::serve::status::{Board, Status};
+
+/// How often the server is asked. Half of the shortest watchdog that makes sense, and nothing for a server.
+const INTERVAL: Duration = Duration::from_secs(5);
+
+/// A server that does not answer a query for so long is asked again later: status must not wait for it.
+const ANSWER_MAX: Duration = Duration::from_secs(4);
+
+/// What the loop works with.
+#[derive(Debug)]
+pub(super) struct Watch {
+    pub(super) conninfo: ConnInfo,
+    /// The name of the stream in `pg_stat_replication`.
+    pub(super) stream_name: String,
+    pub(super) slot: String,
+    pub(super) board: Board,
+    /// Commits wait for us.
+    pub(super) synchronous: watch::Sender<bool>,
+}
+
+/// What SQL tells.
+#[derive(Debug)]
+struct Answer {
+    wal_status: Option<String>,
+    sync_state: Option<String>,
+    flushed: Option<Lsn>,
+}
+
+impl Watch {
+    pub(super) async fn run(self, stop: CancellationToken) -> anyhow::Result<()> {
+        let mut client: Option<tokio_postgres::Client> = None;
+        let mut failing = false;
+        let mut ticks = tokio::time::interval(INTERVAL);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+            match tokio::time::timeout(ANSWER_MAX, self.ask(&mut client)).await {
+                Ok(Ok(answer)) => {
+                    failing = false;
+                    self.tell(&answer);
+                }
+                other => {
+                    client = None;
+                    if !failing {
+                        failing = true;
+                        let error = match other {
+                            Ok(Err(error)) => format!("{error:#}"),
+                            _ => "no answer".to_owned(),
+                        };
+                        // Archiving does not depend on it, and the stream tells of a server that is away.
+                        tracing::info!("failed to ask the server over SQL: {error}");
+                    }
+                }
+            }
+            let status = self.board.snapshot(Timestamp::now());
+            notify(&[NotifyState::Watchdog, NotifyState::Status(&line(&status))]);
+        }
+        notify(&[NotifyState::Stopping]);
+        Ok(())
+    }
+
+    async fn ask(&self, client: &mut Option<tokio_postgres::Client>) -> anyhow::Result<Answer> {
+        if client.as_ref().is_none_or(tokio_postgres::Client::is_closed) {
+            *client = Some(capture::connect_sql(&self.conninfo).await?);
+        }
+        let client = client.as_ref().context("connect")?;
+        let query = "SELECT (SELECT wal_status FROM pg_replication_slots WHERE slot_name = $1), \
+                     (SELECT string_agg(sync_state, ',') FROM pg_stat_replication \
+                      WHERE application_name = $2 AND state IN ('streaming', 'catchup')), \
+                     CASE WHEN pg_is_in_recovery() THEN pg_last_wal_receive_lsn() ELSE pg_current_wal_flush_lsn() END";
+        let row = client.query_one(query, &[&self.slot, &self.stream_name]).await?;
+        Ok(Answer {
+            wal_status: row.try_get(0)?,
+            sync_state: row.try_get(1)?,
+            flushed: row.try_get::<_, Option<PgLsn>>(2)?.map(|lsn| Lsn::new(lsn.into())),
+        })
+    }
+
+    fn tell(&self, answer: &Answer) {
+        if let Some(states) = &answer.sync_state {
+            let synchronous = states.split(',').any(|s| s == "sync" || s == "quorum");
+            self.synchronous.send_if_modified(|s| std::mem::replace(s, synchronous) != synchronous);
+            self.board.update(|s| s.server.synchronous = synchronous);
+        }
+        self.board.update(|s| {
+            s.server.slot_wal_status.clone_from(&answer.wal_status);
+            if let (Some(lsn), Some(known)) = (answer.flushed, s.server.flushed) {
+                s.server.flushed = Some(Position { lsn: lsn.max(known.lsn), ..known });
+            }
+        });
+        match answer.wal_status.as_deref() {
+            Some(status @ ("unreserved" | "lost")) => self.board.raise(
+                "slot",
+                format!("the server is about to drop WAL that is not archived: slot {} is {status}", self.slot),
+                Some("raise max_slot_wal_keep_size now, and see why the archive is behind".to_owned()),
+            ),
+            _ => self.board.clear("slot"),
+        }
+    }
+}
+
+/// The status in a line, for `systemctl status`.
+fn line(status: &Status) -> String {
+    let attention = status.attention();
+    if let [first, rest @ ..] = attention.as_slice() {
+        let more = if rest.is_empty() { String::new() } else { format!(" (and {} more)", rest.len()) };
+        return format!("ATTENTION: {first}{more}");
+    }
+    match (status.archived, status.lag_seconds) {
+        (Some(archived), Some(lag)) => format!("archived up to {archived}, {lag:.1} s behind"),
+        _ => "starting".to_owned(),
+    }
+}
+
+/// Tells systemd, if it listens.
+pub(super) fn notify(states: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        tracing::debug!("failed to notify systemd: {error}");
+    }
+}
