@@ -20,6 +20,7 @@ pub mod atomic_file;
 pub mod backoff;
 pub mod capture;
 pub mod decode;
+pub mod detect;
 pub mod pg;
 pub mod progress;
 pub mod repo;

@@ -9,9 +9,10 @@ use std::process::Command;
 const FREE: [&str; 2] = ["pg", "proto"];
 
 /// Files and folders that turn values into values.
-const PURE: [&str; 9] = [
+const PURE: [&str; 10] = [
     "src/pg",
     "src/decode",
+    "src/detect",
     "src/capture/feedback.rs",
     "src/repo/archiver/plan.rs",
     "src/repo/catalog.rs",

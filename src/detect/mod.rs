@@ -1,0 +1,12 @@
+//! Changes in, transactions out: what each did, to which relation, and how destructive it was. Pure: no socket, file,
+//! clock or task.
+
+#![deny(clippy::indexing_slicing, clippy::unwrap_used)]
+
+pub mod ddl;
+pub mod relations;
+pub mod transaction;
+
+pub use ddl::{DdlEvent, DdlKind};
+pub use relations::{Persistence, Relation, RelationKind};
+pub use transaction::{Tally, Transaction};
