@@ -11,6 +11,7 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::store::{Created, StoreError};
 use super::{RepoError, Repository};
+use crate::pg::{PgTime, Position};
 
 /// Who holds a place in the repository, and until when.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -23,8 +24,31 @@ pub struct Lease {
     pub pid: u32,
     /// When it began to hold it, by its clock.
     pub acquired_at: Timestamp,
-    /// Until when it holds it unless it renews it, by its clock.
+    /// Until when it holds it unless it renews it, by its clock. One that was given back has ended.
     pub expires_at: Timestamp,
+    /// Up to when everything that was committed is archived, as the last holder proved it. It outlives the holder.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub caught_up: Option<CaughtUp>,
+}
+
+/// A proof that the archive holds everything that was committed before a time, also on a server that writes nothing:
+/// the server said that whatever was committed by `time` lies before `position`, and the archive reached `position`.
+///
+/// It stands in the lease because it is the one thing that becomes more true while nothing is written. A restore to a time
+/// between the last commit and `time` rests on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct CaughtUp {
+    /// Where everything committed by `time` ends.
+    pub position: Position,
+    /// The moment, by the server's clock.
+    pub time: PgTime,
+}
+
+impl CaughtUp {
+    /// The later of two.
+    pub fn later(a: Option<Self>, b: Option<Self>) -> Option<Self> {
+        [a, b].into_iter().flatten().max_by_key(|proof| (proof.position, proof.time))
+    }
 }
 
 /// Who wants the lease.
@@ -41,7 +65,7 @@ pub struct Claim {
 }
 
 impl Claim {
-    fn lease(&self, acquired_at: Timestamp, now: Timestamp) -> Lease {
+    fn lease(&self, acquired_at: Timestamp, now: Timestamp, caught_up: Option<CaughtUp>) -> Lease {
         let time_to_live = SignedDuration::try_from(self.time_to_live).unwrap_or(SignedDuration::MAX);
         Lease {
             holder: self.holder.clone(),
@@ -49,6 +73,7 @@ impl Claim {
             pid: self.pid,
             acquired_at,
             expires_at: now.saturating_add(time_to_live).unwrap_or(Timestamp::MAX),
+            caught_up,
         }
     }
 }
@@ -113,14 +138,13 @@ impl Repository {
         now: Timestamp,
         is_gone: impl Fn(&Lease) -> bool,
     ) -> Result<Lease, LeaseError> {
-        let ours = claim.lease(now, now);
-        if self.lease().await?.is_none()
-            && self.store().create(&self.layout().lease(), to_json(&ours)).await? == Created::New
-        {
+        let before = self.lease().await?;
+        let ours = claim.lease(now, now, before.as_ref().and_then(|lease| lease.caught_up));
+        if before.is_none() && self.store().create(&self.layout().lease(), to_json(&ours)).await? == Created::New {
             return Ok(ours);
         }
         match self.lease().await? {
-            Some(held) if held.holder == claim.holder => self.renew_lease(claim, &held, now).await,
+            Some(held) if held.holder == claim.holder => self.renew_lease(claim, &held, now, None).await,
             Some(held) if held.expires_at > now && !is_gone(&held) => Err(LeaseError::Held(held)),
             _ => {
                 self.store().replace(&self.layout().lease(), to_json(&ours)).await?;
@@ -129,26 +153,39 @@ impl Repository {
         }
     }
 
-    /// Holds the lease for longer.
+    /// Holds the lease for longer, and writes down what was proved meanwhile.
     ///
     /// # Errors
     /// [`LeaseError::Held`] if somebody else took it meanwhile; of the store.
-    pub async fn renew_lease(&self, claim: &Claim, held: &Lease, now: Timestamp) -> Result<Lease, LeaseError> {
+    pub async fn renew_lease(
+        &self,
+        claim: &Claim,
+        held: &Lease,
+        now: Timestamp,
+        caught_up: Option<CaughtUp>,
+    ) -> Result<Lease, LeaseError> {
         if let Some(other) = self.lease().await?.filter(|lease| lease.holder != held.holder) {
             return Err(LeaseError::Held(other));
         }
-        let renewed = claim.lease(held.acquired_at, now);
+        let renewed = claim.lease(held.acquired_at, now, CaughtUp::later(held.caught_up, caught_up));
         self.store().replace(&self.layout().lease(), to_json(&renewed)).await?;
         Ok(renewed)
     }
 
-    /// Gives the lease back, so that the next agent need not wait for its end. A lease of somebody else is left alone.
+    /// Gives the lease back at `now`, so that the next agent need not wait for its end; what was proved stays. A lease of
+    /// somebody else is left alone.
     ///
     /// # Errors
     /// Of the store.
-    pub async fn release_lease(&self, held: &Lease) -> Result<(), LeaseError> {
-        if self.lease().await?.is_some_and(|lease| lease.holder == held.holder) {
-            self.store().delete(&self.layout().lease()).await?;
+    pub async fn release_lease(
+        &self,
+        held: &Lease,
+        now: Timestamp,
+        caught_up: Option<CaughtUp>,
+    ) -> Result<(), LeaseError> {
+        if let Some(lease) = self.lease().await?.filter(|lease| lease.holder == held.holder) {
+            let ended = Lease { expires_at: now, caught_up: CaughtUp::later(lease.caught_up, caught_up), ..lease };
+            self.store().replace(&self.layout().lease(), to_json(&ended)).await?;
         }
         Ok(())
     }
@@ -172,6 +209,7 @@ mod tests {
 
     use super::super::store::MemoryStore;
     use super::*;
+    use crate::pg::{Lsn, TimelineId};
 
     fn claim(holder: &str) -> Claim {
         Claim {
@@ -206,7 +244,7 @@ mod tests {
         let taken = repo.acquire_lease(&claim("b"), at(61), NEVER).await.unwrap();
         assert_eq!(taken.holder, "b");
         // The first holder, slow or asleep, finds out at its next renewal.
-        let error = repo.renew_lease(&claim("a"), &held, at(62)).await.unwrap_err();
+        let error = repo.renew_lease(&claim("a"), &held, at(62), None).await.unwrap_err();
         assert!(matches!(error, LeaseError::Held(other) if other == taken));
     }
 
@@ -214,7 +252,7 @@ mod tests {
     async fn a_renewed_lease_lasts_longer_and_keeps_its_beginning() {
         let repo = repository();
         let held = repo.acquire_lease(&claim("a"), at(0), NEVER).await.unwrap();
-        let renewed = repo.renew_lease(&claim("a"), &held, at(50)).await.unwrap();
+        let renewed = repo.renew_lease(&claim("a"), &held, at(50), None).await.unwrap();
         assert_eq!((renewed.acquired_at, renewed.expires_at), (at(0), at(110)));
         assert!(repo.acquire_lease(&claim("b"), at(100), NEVER).await.is_err());
         assert_eq!(repo.acquire_lease(&claim("a"), at(100), NEVER).await.unwrap().acquired_at, at(0));
@@ -224,9 +262,9 @@ mod tests {
     async fn a_released_lease_is_free_at_once_and_only_its_holder_releases_it() {
         let repo = repository();
         let held = repo.acquire_lease(&claim("a"), at(0), NEVER).await.unwrap();
-        repo.release_lease(&Lease { holder: "b".into(), ..held.clone() }).await.unwrap();
+        repo.release_lease(&Lease { holder: "b".into(), ..held.clone() }, at(0), None).await.unwrap();
         assert_eq!(repo.lease().await.unwrap(), Some(held.clone()));
-        repo.release_lease(&held).await.unwrap();
+        repo.release_lease(&held, at(1), None).await.unwrap();
         repo.acquire_lease(&claim("b"), at(1), NEVER).await.unwrap();
     }
 
@@ -236,6 +274,22 @@ mod tests {
         repo.acquire_lease(&claim("a"), at(0), NEVER).await.unwrap();
         let taken = repo.acquire_lease(&claim("b"), at(1), |lease| lease.host == "host-of-a").await.unwrap();
         assert_eq!(taken.holder, "b");
+    }
+
+    #[tokio::test]
+    async fn what_was_proved_outlives_renewals_holders_and_the_release() {
+        let proof = |lsn, micros| {
+            let position = Position { timeline: TimelineId::FIRST, lsn: Lsn::new(lsn) };
+            Some(CaughtUp { position, time: PgTime::from_micros(micros) })
+        };
+        let repo = repository();
+        let held = repo.acquire_lease(&claim("a"), at(0), NEVER).await.unwrap();
+        assert_eq!(held.caught_up, None);
+        let held = repo.renew_lease(&claim("a"), &held, at(1), proof(100, 7)).await.unwrap();
+        let held = repo.renew_lease(&claim("a"), &held, at(2), proof(90, 6)).await.unwrap();
+        assert_eq!(held.caught_up, proof(100, 7), "an older proof does not replace a newer one");
+        repo.release_lease(&held, at(3), proof(100, 9)).await.unwrap();
+        assert_eq!(repo.acquire_lease(&claim("b"), at(4), NEVER).await.unwrap().caught_up, proof(100, 9));
     }
 
     #[tokio::test]

@@ -6,10 +6,9 @@
 //!
 //! **Archived up to.** A time behind the last commit is reachable if it is proved that nothing was committed in between:
 //! if some archived record (the end of a transaction, a checkpoint, a restore point) carries that time or a later one,
-//! then whatever was committed before it lies before that record, and is archived. The time at which the store received
-//! its newest object proves less: a commit may have been on its way to the store at that very moment. So a time behind
-//! the last record's is "not yet archived", even on a server that has been idle since; `latest` restores such a server
-//! to the same state.
+//! then whatever was committed before it lies before that record, and is archived. On a server that has been idle since,
+//! the agent's [`CaughtUp`] proves it. The time at which the store received its newest object would prove less: a commit
+//! may have been on its way to the store at that very moment. What neither proves is "not yet archived".
 
 use futures_util::{StreamExt as _, stream};
 use tokio_util::sync::CancellationToken;
@@ -25,6 +24,7 @@ use crate::decode::{DecodeError, Reader, Source, WalMajor};
 use crate::pg::{Lsn, PgTime, Position, SegmentName, SegmentNumber, TimelineHistory, TimelineId};
 use crate::progress::Progress;
 use crate::repo::catalog::{BackupInfo, Catalog, CatalogScope, Missing};
+use crate::repo::lease::CaughtUp;
 use crate::repo::{RepoError, Repository};
 
 /// Bytes of WAL read ahead of the decoder: four segments of the usual size hide a store's latency. Of larger segments
@@ -121,7 +121,8 @@ pub async fn plan(
 ) -> Result<RestorePlan, RestoreError> {
     let catalog = cancellable(cancel, repo.catalog(CatalogScope::Everything)).await??;
     let path = choose_path(&catalog, request.timeline)?;
-    let planner = Planner { repo, catalog: &catalog, path: &path, request, progress, cancel };
+    let caught_up = cancellable(cancel, repo.lease()).await??.and_then(|lease| lease.caught_up);
+    let planner = Planner { repo, catalog: &catalog, path: &path, caught_up, request, progress, cancel };
     planner.plan().await
 }
 
@@ -180,6 +181,8 @@ struct Planner<'a> {
     repo: &'a Repository,
     catalog: &'a Catalog,
     path: &'a TimelineHistory,
+    /// What the agent proved last.
+    caught_up: Option<CaughtUp>,
     request: &'a Request,
     progress: &'a dyn Progress,
     cancel: &'a CancellationToken,
@@ -269,13 +272,14 @@ impl Planner<'_> {
         }
         let Read { found, to } = &read;
         let archived = found.everything.map_or(*to, |stop| stop.reached);
+        let latest = found.latest.max(self.proved(archived));
         let stop = match (found.stop, &self.request.target) {
             (Some(stop), _) => Some(stop),
             (None, Target::Latest) => found.everything,
             (None, Target::Lsn(lsn)) if *lsn <= padded(*to) => found.everything,
-            (None, Target::Time(time)) if found.latest >= Some(*time) => found.everything,
+            (None, Target::Time(time)) if latest >= Some(*time) => found.everything,
             (None, Target::Lsn(_) | Target::Time(_)) => {
-                return Err(behind(Moment { lsn: archived, time: found.latest }));
+                return Err(behind(Moment { lsn: archived, time: latest }));
             }
             (None, Target::Xid(_) | Target::Name(_)) => return Ok(Tried::NotThere),
         };
@@ -288,8 +292,16 @@ impl Planner<'_> {
             return Err(RestoreError::AmbiguousName { name: name.clone(), places });
         }
         let at_end = found.everything.is_some();
-        let archived = Moment { lsn: archived.max(end), time: found.latest.filter(|_| at_end) };
+        let archived = Moment { lsn: archived.max(end), time: latest.filter(|_| at_end) };
         Ok(Tried::Plan(Box::new(self.make_plan(backup, candidates, &stop, found, archived))))
+    }
+
+    /// Up to when everything committed is proved to lie before `archived`, by the agent's word.
+    fn proved(&self, archived: Lsn) -> Option<PgTime> {
+        let CaughtUp { position: Position { timeline, lsn }, time } = self.caught_up?;
+        // On an older timeline of the path the proof holds too; records of the newer one say more.
+        let is_on_path = self.path.begin_of(timeline)? <= lsn && lsn <= self.path.end_of(timeline)?;
+        (is_on_path && lsn <= padded(archived)).then_some(time)
     }
 
     /// Proves that nothing that the backup itself holds was committed behind a target time: what was committed before the
@@ -553,6 +565,7 @@ mod tests {
     use crate::repo::backup::manifest;
     use crate::repo::cluster::{ClusterIdentity, FORMAT};
     use crate::repo::frame;
+    use crate::repo::lease::Claim;
     use crate::repo::store::MemoryStore;
 
     /// Microseconds of a second.
@@ -734,6 +747,39 @@ mod tests {
         assert_eq!(world.plan(Target::Latest).await.unwrap().backup.label, "new");
         assert_eq!(world.plan(Target::Lsn(first.end)).await.unwrap().kept.unwrap().lsn, first.lsn);
         assert_eq!(world.plan(nearest.before.map(|m| Target::Lsn(m.lsn)).unwrap()).await.unwrap().backup.label, "old");
+    }
+
+    #[tokio::test]
+    async fn a_quiet_time_is_reached_as_far_as_the_agent_proved_it_of_wal_that_is_there() {
+        let mut world = World::new().await;
+        world.backup("only", 10, 0).await;
+        let last = world.commit(3, 20);
+        world.archive().await;
+        let claim = Claim {
+            holder: "a".to_owned(),
+            host: "here".to_owned(),
+            pid: 1,
+            time_to_live: std::time::Duration::from_secs(60),
+        };
+        let now = jiff::Timestamp::UNIX_EPOCH;
+        let mut held = world.repo.acquire_lease(&claim, now, |_| false).await.unwrap();
+        let mut proves = async |timeline, lsn, seconds| {
+            let position = Position { timeline: TimelineId::new(timeline).unwrap(), lsn };
+            let proof = CaughtUp { position, time: PgTime::from_micros(seconds * SECOND) };
+            held.caught_up = None;
+            held = world.repo.renew_lease(&claim, &held, now, Some(proof)).await.unwrap();
+        };
+        for (timeline, lsn) in [(1, last.end + 8), (2, last.end)] {
+            proves(timeline, lsn, 30).await;
+            let error = world.plan(time(25)).await.unwrap_err();
+            assert!(error.is_transient(), "{timeline}:{lsn}: {error}");
+        }
+        proves(1, last.end, 30).await;
+        for seconds in [25, 30] {
+            let plan = world.plan(time(seconds)).await.unwrap();
+            assert_eq!((plan.stop.reached, plan.archived.time), (last.end, Some(PgTime::from_micros(30 * SECOND))));
+        }
+        assert!(world.plan(time(31)).await.unwrap_err().to_string().contains("not proved yet"));
     }
 
     #[tokio::test]

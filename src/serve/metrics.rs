@@ -38,6 +38,9 @@ pub fn render(status: &Status) -> Result<String, fmt::Error> {
     if let Some(archived) = status.archived {
         metrics.number("archived_timeline", "Timeline of the archived position", f64::from(archived.timeline.get()));
     }
+    if let Some(time) = status.caught_up_to {
+        metrics.time("complete_to_timestamp", "Whatever was committed by then is archived, as proved last", time);
+    }
     if let Some(bytes) = status.lag_bytes {
         metrics.bytes("lag", "WAL that the server flushed and the repository does not hold", bytes);
     }

@@ -34,6 +34,11 @@ pub struct Status {
     pub spooled: Option<Position>,
     /// Everything before this is durable in the repository.
     pub archived: Option<Position>,
+    /// Whatever was committed by this moment, by the server's clock, is archived: it is proved now and then, when no
+    /// transaction is under way. It rises on a quiet server, too.
+    pub caught_up_to: Option<Timestamp>,
+    /// Where that ends.
+    pub caught_up_position: Option<Position>,
     /// What the server has flushed and the repository does not hold, in bytes.
     pub lag_bytes: Option<u64>,
     /// For how long the oldest WAL that is not archived has been waiting, in seconds; 0 if there is none.

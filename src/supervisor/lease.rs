@@ -12,7 +12,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backoff::{Chain, RetryPolicy};
 use crate::repo::Repository;
-use crate::repo::lease::{Claim, Lease};
+use crate::repo::lease::{CaughtUp, Claim, Lease};
+use crate::serve::status::Board;
 
 /// How long nobody else may archive after the last sign of life.
 pub(super) const TIME_TO_LIVE: Duration = Duration::from_secs(60);
@@ -40,7 +41,7 @@ pub(super) fn is_gone(claim: &Claim, held: &Lease) -> bool {
         && Path::new("/proc/self").exists()
 }
 
-/// Renews until `stop`.
+/// Renews until `stop`, each time with what is proved of the archive.
 ///
 /// # Errors
 /// If somebody else took it: two agents must not work on one place.
@@ -48,12 +49,13 @@ pub(super) async fn run(
     repo: Repository,
     claim: Claim,
     mut held: Lease,
+    board: Board,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let mut failures = 0;
     let mut pause = RENEW_INTERVAL;
     while stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_some() {
-        match repo.renew_lease(&claim, &held, Timestamp::now()).await {
+        match repo.renew_lease(&claim, &held, Timestamp::now(), proved(&board)).await {
             Ok(renewed) => {
                 held = renewed;
                 failures = 0;
@@ -71,9 +73,15 @@ pub(super) async fn run(
     Ok(())
 }
 
+fn proved(board: &Board) -> Option<CaughtUp> {
+    let status = board.snapshot(Timestamp::now());
+    let (position, time) = (status.caught_up_position?, status.caught_up_to?);
+    Some(CaughtUp { position, time: time.into() })
+}
+
 /// Gives it back, so that the next agent need not wait for its end.
-pub(super) async fn release(repo: &Repository, held: &Lease) {
-    match tokio::time::timeout(RELEASE_MAX, repo.release_lease(held)).await {
+pub(super) async fn release(repo: &Repository, held: &Lease, board: &Board) {
+    match tokio::time::timeout(RELEASE_MAX, repo.release_lease(held, Timestamp::now(), proved(board))).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::warn!("failed to give the lease back, it ends by itself: {}", Chain(&error)),
         Err(_) => tracing::warn!("the repository did not take the lease back in time; it ends by itself"),

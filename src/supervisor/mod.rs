@@ -175,11 +175,11 @@ impl Agent {
             };
             loops.start("backups", |stop| backups.run(stop));
         }
-        let (repo, held) = (self.repo.clone(), lease.clone());
-        loops.start("lease", |stop| lease::run(repo, claim, held, stop));
+        let (repo, held, proved) = (self.repo.clone(), lease.clone(), board.clone());
+        loops.start("lease", |stop| lease::run(repo, claim, held, proved, stop));
 
         let result = loops.run().await;
-        lease::release(&self.repo, &lease).await;
+        lease::release(&self.repo, &lease, &board).await;
         tracing::info!(archived = board.snapshot(Timestamp::now()).archived.map(|a| a.to_string()), "agent stopped");
         result
     }

@@ -10,7 +10,7 @@ use tokio_postgres::types::PgLsn;
 use tokio_util::sync::CancellationToken;
 
 use crate::capture::{self, ConnInfo};
-use crate::pg::{Lsn, Position};
+use crate::pg::{BLOCK_SIZE, Lsn, Position, TimelineId};
 use crate::serve::status::{Board, Status};
 
 /// How often the server is asked. Half of the shortest watchdog that makes sense, and nothing for a server.
@@ -18,6 +18,9 @@ const INTERVAL: Duration = Duration::from_secs(5);
 
 /// A server that does not answer a query for so long is asked again later: status must not wait for it.
 const ANSWER_MAX: Duration = Duration::from_secs(4);
+
+/// Bytes of the longest header of a WAL page (Postgres: `SizeOfXLogLongPHD` in `access/xlog_internal.h`).
+const PAGE_HEADER_MAX: u64 = 40;
 
 /// What the loop works with.
 #[derive(Debug)]
@@ -37,12 +40,26 @@ struct Answer {
     wal_status: Option<String>,
     sync_state: Option<String>,
     flushed: Option<Lsn>,
+    quiet: Option<Quiet>,
+}
+
+/// Whatever was committed by `time` lies before `end`.
+///
+/// The server takes the statement's time first, then its snapshot, then the end of its WAL. A transaction that had ended
+/// by that time, and is not in progress in the snapshot, has its commit record before that end; so if the snapshot has
+/// none in progress, all have. (Postgres: `RecordTransactionCommit` in `access/transam/xact.c` takes the time and writes
+/// the record while the transaction is still in progress.)
+#[derive(Clone, Copy, Debug)]
+struct Quiet {
+    end: Position,
+    time: Timestamp,
 }
 
 impl Watch {
     pub(super) async fn run(self, stop: CancellationToken) -> anyhow::Result<()> {
         let mut client: Option<tokio_postgres::Client> = None;
         let mut failing = false;
+        let mut quiet = None;
         let mut ticks = tokio::time::interval(INTERVAL);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         while stop.run_until_cancelled(ticks.tick()).await.is_some() {
@@ -50,6 +67,8 @@ impl Watch {
                 Ok(Ok(answer)) => {
                     failing = false;
                     self.tell(&answer);
+                    // One that the archive has not reached yet waits; a newer one would not be reached sooner.
+                    quiet = self.prove(quiet.or(answer.quiet));
                 }
                 other => {
                     client = None;
@@ -79,13 +98,37 @@ impl Watch {
         let query = "SELECT (SELECT wal_status FROM pg_replication_slots WHERE slot_name = $1), \
                      (SELECT string_agg(sync_state, ',') FROM pg_stat_replication \
                       WHERE application_name = $2 AND state IN ('streaming', 'catchup')), \
-                     CASE WHEN pg_is_in_recovery() THEN pg_last_wal_receive_lsn() ELSE pg_current_wal_flush_lsn() END";
+                     CASE WHEN pg_is_in_recovery() THEN pg_last_wal_receive_lsn() ELSE pg_current_wal_flush_lsn() END, \
+                     now(), CASE WHEN pg_is_in_recovery() THEN NULL \
+                     WHEN pg_snapshot_xmin(pg_current_snapshot()) = pg_snapshot_xmax(pg_current_snapshot()) \
+                     THEN pg_current_wal_insert_lsn() END, \
+                     CASE WHEN pg_is_in_recovery() THEN NULL \
+                     ELSE substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8) END";
         let row = client.query_one(query, &[&self.slot, &self.stream_name]).await?;
         Ok(Answer {
             wal_status: row.try_get(0)?,
             sync_state: row.try_get(1)?,
             flushed: row.try_get::<_, Option<PgLsn>>(2)?.map(|lsn| Lsn::new(lsn.into())),
+            quiet: quiet(row.try_get(3)?, row.try_get(4)?, row.try_get(5)?),
         })
+    }
+
+    /// Writes down what is proved, if the archive holds it; gives it back if not yet.
+    fn prove(&self, quiet: Option<Quiet>) -> Option<Quiet> {
+        let quiet = quiet?;
+        let archived = self.board.snapshot(Timestamp::now()).archived;
+        let is_same_timeline = archived.is_some_and(|archived| archived.timeline == quiet.end.timeline);
+        if archived.is_some_and(|archived| archived.timeline > quiet.end.timeline) {
+            return None; // what followed on the newer timeline proves more
+        }
+        if !is_same_timeline || archived < Some(quiet.end) {
+            return Some(quiet);
+        }
+        self.board.update(|s| {
+            s.caught_up_to = Some(quiet.time);
+            s.caught_up_position = Some(quiet.end);
+        });
+        None
     }
 
     fn tell(&self, answer: &Answer) {
@@ -109,6 +152,16 @@ impl Watch {
             _ => self.board.clear("slot"),
         }
     }
+}
+
+/// The end of the WAL is told as the place of the next record; at the beginning of a page that is behind the page's header,
+/// which is not written before that record.
+fn quiet(time: Timestamp, end: Option<PgLsn>, timeline: Option<String>) -> Option<Quiet> {
+    let timeline = TimelineId::new(u32::from_str_radix(&timeline?, 16).ok()?)?;
+    let end = Lsn::new(end?.into());
+    let page = end.align_down(BLOCK_SIZE as u64);
+    let is_behind_header = end.saturating_sub(page) <= PAGE_HEADER_MAX;
+    Some(Quiet { end: Position { timeline, lsn: if is_behind_header { page } else { end } }, time })
 }
 
 /// The status in a line, for `systemctl status`.

@@ -148,13 +148,12 @@ async fn a_name_given_twice_is_refused_with_its_places_and_once_is_reached() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_time_behind_the_last_commit_is_reached_once_a_later_record_proves_that_nothing_was_committed() {
     let mut world = World::new().await;
+    // While a transaction is under way nobody can say that the server is quiet.
+    let open = world.cluster.client().await;
+    open.batch_execute("BEGIN; SELECT txid_current()").await.unwrap();
     world.archive().await;
     // The server's clock goes on, and a checkpoint tells of it.
-    let target = Timestamp::now() + Duration::from_millis(500);
-    super::harness::wait_for("the target's time", ARCHIVE_DEADLINE, || async {
-        Timestamp::now() > target + Duration::from_secs(1)
-    })
-    .await;
+    let target = pass_a_moment().await;
     world.refused(&["--to", &target.to_string()], 75);
     world.cluster.sql("SELECT txid_current(); CHECKPOINT").await;
     world.archive().await;
@@ -162,6 +161,36 @@ async fn a_time_behind_the_last_commit_is_reached_once_a_later_record_proves_tha
     let mut restored = Restored::run(&world.flags, &["--to", &target.to_string()]);
     world.ledger.assert_at(commits, &restored.client().await).await;
     restored.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_time_at_which_the_server_was_quiet_is_reached_without_another_record() {
+    let mut world = World::new().await;
+    world.archive().await;
+    let target = pass_a_moment().await;
+    let now = |world: &World| world.dry_run(&["--to", &target.to_string()]).code();
+    super::harness::wait_for("the proof that the server was quiet", ARCHIVE_DEADLINE, || async { now(&world) == 0 })
+        .await;
+    // What was proved outlives the agent, whether it ends well or not.
+    world.agent.sigkill();
+    assert_eq!(now(&world), 0);
+    world.agent.spawn_again();
+    world.agent.wait_streaming(&world.cluster).await;
+    assert!(world.agent.stop().await.success());
+    let commits = world.ledger.commits().len() as i64;
+    let mut restored = Restored::run(&world.flags, &["--to", &target.to_string()]);
+    world.ledger.assert_at(commits, &restored.client().await).await;
+    restored.stop().await;
+}
+
+/// A moment from now on, which is past when this returns.
+async fn pass_a_moment() -> Timestamp {
+    let target = Timestamp::now() + Duration::from_millis(500);
+    super::harness::wait_for("the target's time", ARCHIVE_DEADLINE, || async {
+        Timestamp::now() > target + Duration::from_secs(1)
+    })
+    .await;
+    target
 }
 
 #[tokio::test(flavor = "multi_thread")]

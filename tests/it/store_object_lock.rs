@@ -183,9 +183,9 @@ async fn a_locked_bucket_archives_leases_and_expires() {
     };
     let now = Timestamp::now();
     let held = repo.acquire_lease(&claim("a"), now, |_| false).await.unwrap();
-    let held = repo.renew_lease(&claim("a"), &held, now).await.unwrap();
+    let held = repo.renew_lease(&claim("a"), &held, now, None).await.unwrap();
     assert!(matches!(repo.acquire_lease(&claim("b"), now, |_| false).await, Err(LeaseError::Held(_))));
-    repo.release_lease(&held).await.unwrap();
+    repo.release_lease(&held, now, None).await.unwrap();
     repo.acquire_lease(&claim("b"), now, |_| false).await.unwrap();
 
     // Expiry: what is expired is no longer there, though the bucket keeps its versions.

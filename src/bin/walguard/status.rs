@@ -98,7 +98,12 @@ async fn look(context: &Context) -> anyhow::Result<Status> {
         bad_pages: b.bad_pages,
     });
     look_at_server(context, &mut status).await;
-    match repo.lease().await?.filter(|lease| lease.expires_at > now) {
+    let lease = repo.lease().await?;
+    if let Some(proof) = lease.as_ref().and_then(|lease| lease.caught_up) {
+        status.caught_up_to = Some(proof.time.timestamp());
+        status.caught_up_position = Some(proof.position);
+    }
+    match lease.filter(|lease| lease.expires_at > now) {
         Some(lease) => (status.host, status.pid) = (lease.host, lease.pid),
         None => {
             let hint = Some("start it: walguard run".to_owned());
@@ -162,6 +167,9 @@ fn text(status: &Status, live: bool, context: &Context) -> String {
         line("spooled", position(status.spooled));
     }
     line("archived", position(status.archived));
+    if let Some(time) = status.caught_up_to {
+        line("complete to", format!("{}, when no transaction was under way", render::time(time, &context.zone)));
+    }
     let lag = match (status.lag_bytes, status.lag_seconds) {
         (None, None) => "-".to_owned(),
         (bytes, seconds) => {
