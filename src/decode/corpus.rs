@@ -104,6 +104,7 @@ fn every_kind_of_record_means_something() {
             Action::Pages => !sample.is("Heap INSERT") && !sample.is("Heap DELETE"),
         };
         assert!(fits, "{:?} of {}", change.action, sample.line);
+        read_everything(&sample.record());
     }
 }
 
@@ -163,6 +164,8 @@ fn read_everything(record: &Record<'_>) {
         let _ = (end.subxacts().count(), end.dropped_files().count(), end.invalidations.messages.iter().count());
     }
     let _ = (heap::read(record), heap2::read(record), xact::read_any(record));
+    let (short_way, long_way) = (Change::read(record), Change::read_any(record));
+    assert_eq!(format!("{short_way:?}"), format!("{long_way:?}"));
 }
 
 proptest! {

@@ -183,6 +183,28 @@ impl<'a> Record<'a> {
         }
     }
 
+    /// File, page and main data of a record that has one block reference, to the main fork and without an image, and
+    /// short main data: the shape of most records. `None` for any other, damaged ones included.
+    #[inline]
+    pub(super) fn only_page(&self) -> Option<(RelFile, u32, &'a [u8])> {
+        let ([id, flags, d0, d1, place @ .., part, main_length], rest) = self.body.split_first_chunk::<22>()?;
+        let data_length = u16::from_le_bytes([*d0, *d1]);
+        let is_plain = *id == 0 && flags & (FORK | HAS_IMAGE | SAME_RELATION) == 0;
+        let has_data = flags & HAS_DATA != 0;
+        let length = usize::from(data_length) + usize::from(*main_length);
+        if !is_plain || has_data != (data_length > 0) || *part != MAIN_SHORT || rest.len() != length || !self.is_whole()
+        {
+            return None;
+        }
+        let [t0, t1, t2, t3, b0, b1, b2, b3, f0, f1, f2, f3, n0, n1, n2, n3] = *place;
+        let file = RelFile {
+            tablespace: Oid(u32::from_le_bytes([t0, t1, t2, t3])),
+            database: Oid(u32::from_le_bytes([b0, b1, b2, b3])),
+            number: u32::from_le_bytes([f0, f1, f2, f3]),
+        };
+        Some((file, u32::from_le_bytes([n0, n1, n2, n3]), rest.get(usize::from(data_length)..)?))
+    }
+
     /// The block reference with this number, `None` if the record has none.
     pub(super) fn block(&self, id: u8) -> Result<Option<Block<'a>>, DecodeError> {
         for block in self.parts()?.blocks() {
@@ -405,6 +427,7 @@ struct ImageHeader {
     apply: bool,
 }
 
+const FORK: u8 = 0x0F;
 const HAS_IMAGE: u8 = 0x10;
 const HAS_DATA: u8 = 0x20;
 const WILL_INIT: u8 = 0x40;
@@ -419,7 +442,7 @@ impl BlockHeader {
         relation_before: Option<RelFile>,
     ) -> Result<Self, DecodeError> {
         let flags = cursor.u8("block flags")?;
-        let fork = match flags & 0x0F {
+        let fork = match flags & FORK {
             0 => Fork::Main,
             1 => Fork::Fsm,
             2 => Fork::Vm,

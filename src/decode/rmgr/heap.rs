@@ -168,6 +168,7 @@ pub fn read<'a>(record: &Record<'a>) -> Result<Option<HeapRecord<'a>>, DecodeErr
     }
 }
 
+#[inline]
 pub(in crate::decode) fn read_main<'a>(record: &Record<'a>, main: &'a [u8]) -> Result<HeapRecord<'a>, DecodeError> {
     let mut main = record.cursor(main);
     Ok(match record.operation() & OPERATION {
