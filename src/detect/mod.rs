@@ -9,4 +9,4 @@ pub mod transaction;
 
 pub use ddl::{DdlEvent, DdlKind};
 pub use relations::{Persistence, Relation, RelationKind};
-pub use transaction::{Tally, Transaction};
+pub use transaction::{Limits, OpenTransaction, Owner, Owners, Tally, Transaction, Transactions};

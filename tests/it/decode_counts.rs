@@ -3,9 +3,10 @@
 
 use std::collections::BTreeMap;
 
-use walguard::decode::change::{Action, RowCounts};
+use walguard::decode::change::RowCounts;
 use walguard::decode::{Change, Reader};
-use walguard::pg::{Lsn, Xid};
+use walguard::detect::{Limits, Owner, Owners, Transactions};
+use walguard::pg::{Lsn, RelFile, Xid};
 
 use crate::decode_parity::{segments, source};
 use crate::harness::{Cluster, majors};
@@ -82,10 +83,19 @@ const TABLES: &str = "
     CREATE TABLE parts_2 PARTITION OF parts FOR VALUES IN (2);
     CREATE TABLE merged AS SELECT i AS id, 0 AS n FROM generate_series(1, 20) i";
 
+/// Every file is a table of nobody in particular.
+struct Files;
+
+impl Owners for Files {
+    fn owner(&self, _file: RelFile, _by: Option<Xid>) -> Owner {
+        Owner::Unknown
+    }
+}
+
 /// What committed transactions did to files, by the number of the file.
 fn count(cluster: &Cluster, system_id: u64, start: Lsn, end: Lsn) -> BTreeMap<u32, RowCounts> {
     let mut reader = Reader::at_record(source(cluster, system_id), start);
-    let mut open: BTreeMap<Xid, BTreeMap<u32, RowCounts>> = BTreeMap::new();
+    let mut transactions = Transactions::new(Limits::default(), true);
     let mut committed: BTreeMap<u32, RowCounts> = BTreeMap::new();
     for (at, bytes) in segments(cluster) {
         let skip = usize::try_from(start.saturating_sub(at)).unwrap().min(bytes.len());
@@ -94,21 +104,10 @@ fn count(cluster: &Cluster, system_id: u64, start: Lsn, end: Lsn) -> BTreeMap<u3
             if record.lsn >= end {
                 return committed;
             }
-            let change = Change::read(&record).unwrap();
-            match change.action {
-                Action::Rows(rows) => {
-                    let xid = change.xid.expect("rows change in transactions");
-                    *open.entry(xid).or_default().entry(rows.file.number).or_default() += rows.counts();
-                }
-                Action::Ended(ended) => {
-                    for xid in ended.xid.into_iter().chain(ended.subxacts()) {
-                        let counts = open.remove(&xid).unwrap_or_default();
-                        for (file, counts) in counts.into_iter().filter(|_| ended.committed) {
-                            *committed.entry(file).or_default() += counts;
-                        }
-                    }
-                }
-                _ => {}
+            let Some(ended) = transactions.see(&Change::read(&record).unwrap(), &Files) else { continue };
+            assert!(ended.is_complete, "{ended:?}");
+            for tally in ended.tallies.iter().filter(|_| ended.committed) {
+                *committed.entry(tally.file.number).or_default() += tally.counts;
             }
         }
     }
