@@ -13,7 +13,7 @@ use super::rmgr::xact::{self, Assignment, Prepare, TransactionEnd, XactRecord};
 use super::rmgr::xlog::{self, XlogRecord};
 use super::rmgr::{database, message, sequence};
 use super::{Block, DecodeError, Fault, List, Parts, Record, RmgrId};
-use crate::pg::{Fork, Lsn, RelFile, Xid};
+use crate::pg::{Fork, Lsn, Oid, RelFile, Xid};
 
 /// What a record does, and in which transaction.
 #[derive(Clone, Copy, Debug)]
@@ -36,6 +36,8 @@ pub struct Change<'a> {
 pub enum Action<'a> {
     /// Rows come, change or go. Tables, TOAST tables and catalogs alike: it takes names to tell them apart.
     Rows(RowChange),
+    /// A row of a table comes, changes or goes, as logical replication tells it: by the table, not by its file.
+    RelationRow(RelationRow),
     /// Tables are emptied, told in so many words (`wal_level = logical` only; it goes with the physical changes).
     Truncated(heap::Truncate<'a>),
     /// A file is made.
@@ -93,6 +95,18 @@ pub struct RowChange {
     pub is_on_toast: bool,
 }
 
+/// A row of a table that comes, changes or goes, as logical replication tells it. The table is a user's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RelationRow {
+    /// The database.
+    pub database: Oid,
+    /// The table's OID.
+    pub relation: Oid,
+    /// What happens to the row: [`RowKind::Insert`], [`RowKind::Update`] or [`RowKind::Delete`]. One that moves to another
+    /// partition is deleted here and inserted there.
+    pub kind: RowKind,
+}
+
 /// What happens to rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RowKind {
@@ -138,20 +152,33 @@ pub const FIRST_NORMAL_OID: u32 = 16_384;
 impl RowChange {
     /// What it adds to the counts of its transaction and relation, if the transaction commits.
     pub fn counts(&self) -> RowCounts {
-        let rows = u64::from(self.rows);
-        match self.kind {
-            RowKind::Insert | RowKind::Confirm => RowCounts { inserted: rows, ..RowCounts::default() },
-            RowKind::Update | RowKind::HotUpdate => RowCounts { updated: rows, ..RowCounts::default() },
-            RowKind::Delete => RowCounts { deleted: rows, ..RowCounts::default() },
-            RowKind::MoveOut => RowCounts { moved: rows, ..RowCounts::default() },
-            RowKind::SpeculativeInsert | RowKind::SuperDelete | RowKind::Overwrite => RowCounts::default(),
-        }
+        self.kind.counts(self.rows)
     }
 
     /// True if the file is certainly a catalog's or one of its TOAST tables'. A catalog that was rewritten
     /// (`VACUUM FULL`) has another file, which only names can tell.
     pub const fn is_surely_catalog(&self) -> bool {
         self.file.number < FIRST_NORMAL_OID
+    }
+}
+
+impl RelationRow {
+    /// What it adds to the counts of its transaction and relation, if the transaction commits.
+    pub fn counts(&self) -> RowCounts {
+        self.kind.counts(1)
+    }
+}
+
+impl RowKind {
+    fn counts(self, rows: u16) -> RowCounts {
+        let rows = u64::from(rows);
+        match self {
+            Self::Insert | Self::Confirm => RowCounts { inserted: rows, ..RowCounts::default() },
+            Self::Update | Self::HotUpdate => RowCounts { updated: rows, ..RowCounts::default() },
+            Self::Delete => RowCounts { deleted: rows, ..RowCounts::default() },
+            Self::MoveOut => RowCounts { moved: rows, ..RowCounts::default() },
+            Self::SpeculativeInsert | Self::SuperDelete | Self::Overwrite => RowCounts::default(),
+        }
     }
 }
 

@@ -4,6 +4,8 @@
 //! main data without copying; [`rmgr`] reads the main data of the resource managers that walguard understands. What
 //! differs between majors is in [`WalMajor`] and nowhere else.
 //!
+//! [`pgoutput`] reads logical replication instead, and says what it reads in the same words: a [`Change`].
+//!
 //! The bytes are untrusted. Every fault is a [`DecodeError`] that says where in the WAL it lies; none is a panic.
 
 #![deny(clippy::indexing_slicing, clippy::unwrap_used)]
@@ -17,6 +19,7 @@ pub mod explain;
 mod layout;
 mod list;
 mod page;
+pub mod pgoutput;
 mod reader;
 mod record;
 pub mod rmgr;

@@ -60,8 +60,8 @@ pub struct TransactionEnd<'a> {
     pub apply_feedback: bool,
     /// It was made durable before the server went on, whatever `synchronous_commit` says.
     pub forced_sync: bool,
-    subxacts: List<'a, Xid>,
-    dropped: List<'a, RelFile>,
+    pub(in crate::decode) subxacts: List<'a, Xid>,
+    pub(in crate::decode) dropped: List<'a, RelFile>,
 }
 
 /// Where a replicated transaction came from (Postgres: `xl_xact_origin`).
@@ -99,6 +99,25 @@ impl Item for DroppedStats {
 }
 
 impl<'a> TransactionEnd<'a> {
+    /// An end of which no more than this is known.
+    pub(in crate::decode) fn new(committed: bool, time: PgTime, xid: Option<Xid>) -> Self {
+        Self {
+            committed,
+            prepared: false,
+            time,
+            xid,
+            database: None,
+            gid: None,
+            origin: None,
+            dropped_stats: List::empty(),
+            invalidations: Invalidations::default(),
+            apply_feedback: false,
+            forced_sync: false,
+            subxacts: List::empty(),
+            dropped: List::empty(),
+        }
+    }
+
     /// Its subtransactions that ended with it.
     pub fn subxacts(&self) -> impl Iterator<Item = Xid> + use<'a> {
         self.subxacts.iter()
@@ -144,21 +163,8 @@ pub fn read<'a>(record: &Record<'a>) -> Result<Option<TransactionEnd<'a>>, Decod
 
 fn read_end<'a>(record: &Record<'a>, committed: bool, prepared: bool) -> Result<TransactionEnd<'a>, DecodeError> {
     let mut main = record.main_cursor()?;
-    let mut end = TransactionEnd {
-        committed,
-        prepared,
-        time: main.time("time of the transaction's end")?,
-        xid: record.header.xid,
-        database: None,
-        gid: None,
-        origin: None,
-        dropped_stats: List::empty(),
-        invalidations: Invalidations::default(),
-        apply_feedback: false,
-        forced_sync: false,
-        subxacts: List::empty(),
-        dropped: List::empty(),
-    };
+    let time = main.time("time of the transaction's end")?;
+    let mut end = TransactionEnd { prepared, ..TransactionEnd::new(committed, time, record.header.xid) };
     if record.header.info & HAS_INFO != 0 {
         read_info(&mut main, &mut end, record.major().stats_item_bytes())?;
     }
