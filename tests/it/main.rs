@@ -22,6 +22,7 @@ mod init;
 mod kept_repository;
 mod ledger;
 mod list;
+mod pgoutput;
 mod restore_by_hand;
 mod restore_places;
 mod restore_targets;

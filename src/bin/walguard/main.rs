@@ -98,7 +98,7 @@ async fn run(cli: Cli) -> anyhow::Result<Outcome> {
         Verb::Run(args) => run::run(context, args).await,
         Verb::Backup(args) => backup::run(context, args).await,
         Verb::List(args) => list::run(context, args).await,
-        Verb::Status(args) => status::run(context, args).await,
+        Verb::Status(args) => Box::pin(status::run(context, args)).await,
         Verb::Restore(args) => restore::run(context, args).await,
         Verb::Verify(args) => verify::run(context, args).await,
         Verb::Expire(args) => expire::run(context, args).await,
