@@ -31,4 +31,5 @@ mod store_conformance;
 mod store_object_lock;
 mod sync_commit;
 mod verify;
+mod wal_explain;
 mod wal_fetch;

@@ -111,6 +111,7 @@ pub(crate) enum Verb {
     Restore(RestoreArgs),
     Verify(VerifyArgs),
     Expire(ExpireArgs),
+    Wal(WalArgs),
     WalPush(WalPushArgs),
     WalFetch(WalFetchArgs),
     Demo(DemoArgs),
@@ -342,6 +343,53 @@ pub(crate) struct ExpireArgs {
     /// Only show (this is the default)
     #[arg(long)]
     pub(crate) dry_run: bool,
+}
+
+/// Look into archived WAL
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  walguard wal explain 000000010000001600000037 --config walguard.toml")]
+pub(crate) struct WalArgs {
+    #[command(subcommand)]
+    pub(crate) verb: WalVerb,
+}
+
+/// What can be done with WAL.
+#[derive(Debug, Subcommand)]
+pub(crate) enum WalVerb {
+    Explain(ExplainArgs),
+}
+
+/// Print records of archived WAL, as `pg_waldump` does
+///
+/// Reads the repository only, unfinished segments included. With --json, one object a line. Exits with 3 if some record
+/// could not be explained.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  walguard wal explain 000000010000001600000037 --config walguard.toml
+  walguard wal explain 16/B3000000..16/B4000000 --rmgr Transaction --config walguard.toml
+  walguard wal explain 16/B3000000.. --xid 4711 --limit 100 --json --config walguard.toml")]
+pub(crate) struct ExplainArgs {
+    /// A segment's name, or FROM..TO as LSNs; without TO, as far as the WAL reaches
+    #[arg(value_name = "SEGMENT|FROM..TO")]
+    pub(crate) place: String,
+    /// Follow this timeline's history; by default the segment's own timeline, or the newest
+    #[arg(long, value_name = "ID", value_parser = timeline)]
+    pub(crate) timeline: Option<TimelineId>,
+    /// Only records of this transaction (of a subtransaction by its own id); 0 for those of none
+    #[arg(long, value_name = "XID")]
+    pub(crate) xid: Option<u32>,
+    /// Only records of this resource manager, for example Heap
+    #[arg(long, value_name = "NAME")]
+    pub(crate) rmgr: Option<String>,
+    /// Only records that touch this file: TABLESPACE/DATABASE/NUMBER, or the number alone
+    #[arg(long, value_name = "FILE")]
+    pub(crate) relation: Option<String>,
+    /// Stop after so many records
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) limit: Option<u64>,
 }
 
 /// Put one WAL file into the repository, as `archive_command`

@@ -17,6 +17,7 @@ mod restore;
 mod run;
 mod status;
 mod verify;
+mod wal;
 mod wal_fetch;
 mod wal_push;
 
@@ -102,6 +103,7 @@ async fn run(cli: Cli) -> anyhow::Result<Outcome> {
         Verb::Restore(args) => restore::run(context, args).await,
         Verb::Verify(args) => verify::run(context, args).await,
         Verb::Expire(args) => expire::run(context, args).await,
+        Verb::Wal(args) => Box::pin(wal::run(context, args)).await,
         Verb::WalPush(args) => wal_push::run(context, args).await,
         Verb::WalFetch(args) => wal_fetch::run(context, &cli.global, args).await,
         Verb::Completions(_) | Verb::Demo(_) | Verb::Init(_) => unreachable!("these ran above"),

@@ -37,6 +37,36 @@ pub(crate) fn print_json(value: &impl Serialize) -> Result<(), PrintError> {
     print(&serde_json::to_string_pretty(value).map_err(io::Error::other)?)
 }
 
+/// Standard output for very many lines: they are written in large pieces.
+#[derive(Debug)]
+pub(crate) struct Lines(io::BufWriter<io::Stdout>);
+
+impl Lines {
+    pub(crate) fn new() -> Self {
+        Self(io::BufWriter::with_capacity(64 << 10, io::stdout()))
+    }
+
+    /// A line for people.
+    pub(crate) fn print(&mut self, line: &impl std::fmt::Display) -> Result<(), PrintError> {
+        Ok(writeln!(self.0, "{line}")?)
+    }
+
+    /// A line for programs.
+    pub(crate) fn print_json(&mut self, value: &impl Serialize) -> Result<(), PrintError> {
+        self.print(&serde_json::to_string(value).map_err(io::Error::other)?)
+    }
+
+    /// Writes what has gathered, before an error is told.
+    pub(crate) fn flush(&mut self) -> Result<(), PrintError> {
+        Ok(self.0.flush()?)
+    }
+
+    /// Writes the rest.
+    pub(crate) fn finish(mut self) -> Result<(), PrintError> {
+        self.flush()
+    }
+}
+
 /// Asks a question that is answered with yes or no, on the terminal. Where nobody can answer, the answer is `None`.
 pub(crate) fn ask(question: &str) -> io::Result<Option<bool>> {
     if !io::stdin().is_terminal() || !io::stderr().is_terminal() {
