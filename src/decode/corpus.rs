@@ -8,7 +8,7 @@ use super::explain::explain;
 use super::rmgr::{heap, heap2, xact};
 use super::{Change, Fault, Record, RecordHeader, RmgrId, WalMajor};
 use crate::decode::change::{Action, RowKind};
-use crate::pg::{Lsn, TimelineId};
+use crate::pg::{Lsn, TimelineId, Xid};
 
 /// A record that owns its bytes.
 #[derive(Clone, Debug)]
@@ -167,6 +167,27 @@ fn read_everything(record: &Record<'_>) {
     let _ = (heap::read(record), heap2::read(record), xact::read_any(record));
     let (short_way, long_way) = (Change::read(record), Change::read_any(record));
     assert_eq!(format!("{short_way:?}"), format!("{long_way:?}"));
+}
+
+#[test]
+fn what_the_fuzzer_found_is_an_answer_and_not_a_panic() {
+    let mut inputs = 0;
+    for input in super::testing::fuzzed(include_bytes!("../../tests/corpus/fuzz/records")) {
+        // As in `tests/fuzz/fuzz_targets/records.rs`: three bytes choose, the rest is the record's body.
+        let Some(([major, info, rmgr], body)) = input.split_first_chunk() else { continue };
+        let header = RecordHeader {
+            total_length: (RecordHeader::BYTES + body.len()) as u32,
+            xid: Xid::new(700),
+            previous: Lsn::new(8),
+            info: *info,
+            rmgr: RmgrId(*rmgr),
+            crc: 0,
+        };
+        let major = WalMajor::ALL[usize::from(*major) % WalMajor::ALL.len()];
+        read_everything(&Sample { major, lsn: Lsn::new(64), header, body: body.to_vec(), line: "" }.record());
+        inputs += 1;
+    }
+    assert!(inputs >= 900, "the corpus shrank to {inputs} inputs");
 }
 
 proptest! {

@@ -142,3 +142,14 @@ impl WalWriter {
         self.record(RmgrId::XLOG, 0xD0, 0, &main_data(&main))
     }
 }
+
+/// Inputs that a fuzzer found worth keeping, each behind its length in two bytes (network order), as `tests/corpus/fuzz`
+/// has them.
+pub(crate) fn fuzzed(mut packed: &[u8]) -> impl Iterator<Item = &[u8]> {
+    std::iter::from_fn(move || {
+        let (length, rest) = packed.split_first_chunk()?;
+        let (input, rest) = rest.split_at(u16::from_be_bytes(*length).into());
+        packed = rest;
+        Some(input)
+    })
+}

@@ -1,9 +1,11 @@
 //! `walguard wal explain` prints what `pg_waldump` prints, out of the repository.
 
+use std::process::Stdio;
+
 use walguard::pg::{Lsn, SegmentName, TimelineId};
 
 use crate::archived_wal::{DEADLINE, small, small_cluster, write};
-use crate::harness::{Agent, Scratch, command, finish, walguard};
+use crate::harness::{Agent, Scratch, command, finish, walguard, walguard_command};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn archived_wal_is_explained_line_for_line_as_pg_waldump_does() {
@@ -66,6 +68,13 @@ async fn archived_wal_is_explained_line_for_line_as_pg_waldump_does() {
         );
         assert!(line.contains(&format!("tx: {:>10},", object["xid"].as_u64().unwrap())), "{object} {line}");
     }
+
+    // A reader that has seen enough is no failure.
+    let mut piped = walguard_command(&["wal", "explain", &range, "--repo", &url, "--cluster", "main"]);
+    let mut piped = piped.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(piped.stdout.take());
+    let piped = piped.wait_with_output().unwrap();
+    assert!(piped.status.success() && piped.stderr.is_empty(), "{piped:?}");
 
     // What cannot be is told.
     let error = explain(&["FF/0..FF/100"]).expect(2);

@@ -5,6 +5,7 @@ use proptest::prelude::*;
 
 use super::{Decoder, Fault, Message, OldRow, ReplicaIdentity, Value};
 use crate::decode::change::{Action, RowKind};
+use crate::decode::testing::fuzzed;
 use crate::pg::{Lsn, Oid, PgTime, Xid};
 
 /// A message that is put together field by field.
@@ -353,6 +354,26 @@ fn a_message_that_is_cut_short_or_goes_on_is_no_message() {
         assert!(Message::read(&longer, in_stream).is_err(), "{longer:?}");
     }
     assert_eq!(Message::read(&tag(b'E').u8(1).0, true), Err(Fault::LeftOver(1)));
+}
+
+#[test]
+fn what_the_fuzzer_found_is_changes_or_errors_and_not_a_panic() {
+    let (mut inputs, mut changes) = (0, 0);
+    for mut rest in fuzzed(include_bytes!("../../../tests/corpus/fuzz/pgoutput")) {
+        let mut decoder = decoder();
+        inputs += 1;
+        // Messages, each behind its length in one byte, as in `tests/fuzz/fuzz_targets/pgoutput.rs`.
+        while let Some((length, behind)) = rest.split_first() {
+            let (message, behind) = behind.split_at(behind.len().min(usize::from(*length)));
+            rest = behind;
+            let _ = (Message::read(message, false).is_ok(), Message::read(message, true).is_ok());
+            match decoder.read(Lsn::new(64), PgTime::from_micros(99), message) {
+                Ok(change) => changes += usize::from(change.is_some()),
+                Err(_) => break,
+            }
+        }
+    }
+    assert!(inputs >= 500 && changes >= 100, "{inputs} inputs, {changes} changes: the corpus shrank");
 }
 
 proptest! {
