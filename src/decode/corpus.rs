@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::explain::explain;
 use super::rmgr::{heap, heap2, xact};
-use super::{Change, Fault, Record, RecordHeader, RmgrId, WalMajor};
+use super::{Change, DecodeError, Fault, Reader, Record, RecordHeader, RmgrId, Source, WalMajor};
 use crate::decode::change::{Action, RowKind};
 use crate::pg::{Lsn, TimelineId, Xid};
 
@@ -188,6 +188,38 @@ fn what_the_fuzzer_found_is_an_answer_and_not_a_panic() {
         inputs += 1;
     }
     assert!(inputs >= 900, "the corpus shrank to {inputs} inputs");
+}
+
+/// Where each record lies, and what ended the reading.
+fn read_in_slices(source: Source, at: Lsn, bytes: &[u8], slice: usize) -> (Vec<(Lsn, Lsn)>, Option<DecodeError>) {
+    let (mut reader, mut found) = (Reader::at_page(source, at), Vec::new());
+    for bytes in bytes.chunks(slice.max(1)) {
+        reader.push(bytes);
+        loop {
+            match reader.next_record() {
+                Ok(Some(record)) => found.push((record.lsn, record.end)),
+                Ok(None) => break,
+                Err(error) => return (found, Some(error)),
+            }
+        }
+    }
+    (found, None)
+}
+
+#[test]
+fn what_the_fuzzer_found_is_read_the_same_in_slices_of_any_size() {
+    let mut inputs = 0;
+    for input in super::testing::fuzzed(include_bytes!("../../tests/corpus/fuzz/reader")) {
+        // As in `tests/fuzz/fuzz_targets/reader.rs`: four bytes choose, the rest is WAL.
+        let Some(([major, page, low, high], bytes)) = input.split_first_chunk() else { continue };
+        let major = WalMajor::ALL[usize::from(*major) % WalMajor::ALL.len()];
+        let source = Source { system_id: None, ..super::testing::source(major) };
+        let at = Lsn::new((1 << 20) + u64::from(page % 128) * 8192);
+        let slice = u16::from_le_bytes([*low, *high]).into();
+        assert_eq!(read_in_slices(source, at, bytes, bytes.len()), read_in_slices(source, at, bytes, slice));
+        inputs += 1;
+    }
+    assert!(inputs >= 50, "the corpus shrank to {inputs} inputs");
 }
 
 proptest! {
