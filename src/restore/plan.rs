@@ -34,6 +34,15 @@ const READ_AHEAD_BYTES: u64 = 64 << 20;
 /// A checkpoint's time is cut to whole seconds, and taken just before the place is fixed where its WAL begins.
 const CHECKPOINT_TIME_SLACK: i64 = 2_000_000;
 
+/// Bytes of a base backup that two cores unpack and write in a second (measured: 300 to 500 MB).
+const EXTRACTED_PER_SECOND: f64 = 350e6;
+
+/// Bytes of WAL that PostgreSQL replays in a second while we fetch it (measured on pgbench's: 200 to 350 MB).
+const REPLAYED_PER_SECOND: f64 = 250e6;
+
+/// For the server to start.
+const START_SECONDS: f64 = 1.0;
+
 /// What somebody wants.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Request {
@@ -76,6 +85,9 @@ pub struct RestorePlan {
     pub wal_segments: u64,
     /// About so many bytes of WAL and backup are fetched from the repository.
     pub fetched_bytes: u64,
+    /// About so many seconds will pass until the moment is reached, if store and disk are no slower than those of
+    /// `benches/RESULTS.md`.
+    pub estimated_seconds: f64,
     /// The time of the last transaction's end, commit or abort, that the server will have replayed, and of the one
     /// before it.
     #[serde(skip)]
@@ -346,6 +358,9 @@ impl Planner<'_> {
             wal_bytes: stop.read_to.saturating_sub(backup.start),
             wal_segments,
             fetched_bytes: backup.stored_bytes + wal_segments * (stored / segments.max(1)),
+            estimated_seconds: backup.content_bytes as f64 / EXTRACTED_PER_SECOND
+                + stop.read_to.saturating_sub(backup.start) as f64 / REPLAYED_PER_SECOND
+                + START_SECONDS,
             last_ends: found.last_ends,
             ends_with_transaction: found.ends_with_transaction,
             parameters: found.parameters,

@@ -209,6 +209,8 @@ fn plan_text(plan: &RestorePlan, args: &RestoreArgs, zone: &TimeZone) -> String 
         ),
     );
     line("to fetch", format!("about {}", render::bytes(plan.fetched_bytes)));
+    let estimated = Duration::try_from_secs_f64(plan.estimated_seconds.ceil()).unwrap_or(Duration::MAX);
+    line("takes", format!("about {}, longer from a slow store or onto a slow disk", render::duration(estimated)));
     line("last kept", transaction_text(plan.kept.as_ref(), "none since the backup began", zone));
     line("first lost", transaction_text(plan.lost.as_ref(), "none that is archived", zone));
     line("into", args.target_dir.display().to_string());
