@@ -242,6 +242,43 @@ async fn a_full_spool_disk_is_told_and_nothing_is_lost() {
     assert_no_hole(&repo, 1).await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_repository_is_told_and_nothing_is_lost() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("needs root, to mount a small file system");
+        return;
+    }
+    let cluster = small_cluster().await;
+    let scratch = Scratch::new();
+    let disk = SmallDisk::mount(&scratch, "16m");
+    let url = format!("file://{}", disk.0.display());
+    let judge = Receiver::start(&cluster).await;
+    let mut agent = agent(&cluster, &url).spawn();
+    agent.wait_archived(&cluster, cluster.lsn().await, DEADLINE).await;
+    let before = cluster.lsn().await;
+    let ballast = disk.0.join("ballast");
+    let full = fs::write(&ballast, vec![0; 20 << 20]).unwrap_err();
+    assert_eq!(full.kind(), std::io::ErrorKind::StorageFull);
+    write(&cluster, 4 << 10).await;
+    wait_for("the full repository to be told", DEADLINE, || async {
+        status(&agent).await["store"]["trouble"]["hint"].as_str().is_some_and(|hint| hint.contains("make room"))
+    })
+    .await;
+    let lsn = cluster.lsn().await;
+    let restart: walguard::pg::Lsn = cluster
+        .text("SELECT restart_lsn FROM pg_replication_slots WHERE slot_name = 'walguard'")
+        .await
+        .parse()
+        .unwrap();
+    assert!(restart <= before, "the server was told that {restart} is safe, nothing behind {before} is");
+    fs::remove_file(&ballast).unwrap();
+    agent.wait_archived(&cluster, lsn, DEADLINE).await;
+    let repo = repository(&url).await;
+    let judge = judge.finish(&cluster, lsn).await;
+    assert!(assert_same_wal(&repo, &judge, 1, lsn).await > 0);
+    assert_no_hole(&repo, 1).await;
+}
+
 /// A file system in memory.
 struct SmallDisk(PathBuf);
 
