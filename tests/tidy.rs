@@ -9,13 +9,15 @@ use std::process::Command;
 const FREE: [&str; 2] = ["pg", "proto"];
 
 /// Files and folders that turn values into values.
-const PURE: [&str; 10] = [
+const PURE: [&str; 12] = [
     "src/pg",
     "src/decode",
     "src/detect",
     "src/capture/feedback.rs",
     "src/repo/archiver/plan.rs",
     "src/repo/catalog.rs",
+    "src/repo/index/build.rs",
+    "src/repo/index/format.rs",
     "src/repo/layout.rs",
     "src/restore/path.rs",
     "src/restore/scan.rs",

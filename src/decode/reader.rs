@@ -139,6 +139,11 @@ impl Reader {
         self.at + self.unread().len() as u64
     }
 
+    /// True if no record is begun: the next one begins with the next byte pushed.
+    pub fn is_between_records(&self) -> bool {
+        matches!(self.state, State::Record) && self.unread().is_empty()
+    }
+
     /// The end of the last record read ([`Record::end`]); `None` before the first.
     pub const fn proved_to(&self) -> Option<Lsn> {
         self.proved

@@ -1,0 +1,387 @@
+//! Segments in, indexes out. Pure.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use super::format::{Checkpoint, ENDS_MAX, LargeTransaction, MinuteTally, RestorePoint, SegmentIndex, TransactionEnd};
+use crate::decode::change::{Action, RowCounts};
+use crate::decode::rmgr::xlog::XlogRecord;
+use crate::decode::{Change, DecodeError, Reader, Record, Source};
+use crate::detect::{Limits, Owner, Owners, Transaction, Transactions};
+use crate::pg::{Lsn, PgTime, RelFile, SegmentName, Xid};
+
+/// Tallies of one index. A segment of 16 MiB spans a minute or less on a busy server; this is for a thousand files in
+/// each of many minutes.
+const MINUTES_MAX: usize = 65_536;
+
+/// Large transactions of one index, and files of each.
+const LARGEST_MAX: usize = 16;
+
+/// Microseconds of a minute.
+const MINUTE: i64 = 60_000_000;
+
+/// Makes the indexes of segments that it is given one after the other.
+///
+/// What a segment's index holds is the records that *begin* in it; so the index of a segment whose last record crosses
+/// into the next is there only when that one was given, too.
+#[derive(Debug)]
+pub struct Indexer {
+    reader: Reader,
+    transactions: Transactions,
+    /// The segments that were given and whose index is not done, the one in work first.
+    waiting: VecDeque<SegmentName>,
+    builder: Builder,
+    done: Vec<(SegmentName, SegmentIndex)>,
+}
+
+/// Rows of catalogs are left out by the numbers of their files, until names tell more.
+struct Unnamed;
+
+impl Owners for Unnamed {
+    fn owner(&self, _file: RelFile, _by: Option<Xid>) -> Owner {
+        Owner::Unknown
+    }
+}
+
+impl Indexer {
+    /// Begins with the first record that begins in `first`. `is_from_start` promises that no transaction that matters was
+    /// open there.
+    pub fn new(source: Source, first: &SegmentName, is_from_start: bool) -> Self {
+        Self {
+            reader: Reader::at_page(source, first.start()),
+            transactions: Transactions::new(Limits::default(), is_from_start),
+            waiting: VecDeque::new(),
+            builder: Builder::default(),
+            done: Vec::new(),
+        }
+    }
+
+    /// True if `name` is the segment that follows those given: a segment further on needs a new indexer, and so does a
+    /// timeline that does not follow.
+    pub fn is_next(&self, name: &SegmentName) -> bool {
+        self.reader.pushed_to() == name.start()
+            && self.waiting.back().is_none_or(|before| before.timeline <= name.timeline)
+    }
+
+    /// Takes the next segment's bytes, all of them; gives the indexes that are done.
+    ///
+    /// # Errors
+    /// If the bytes are not WAL, or not whole records as far as they go. The indexes of segments before that are lost with
+    /// the records that crossed from them: begin again behind it.
+    pub fn take(&mut self, name: SegmentName, bytes: &[u8]) -> Result<Vec<(SegmentName, SegmentIndex)>, DecodeError> {
+        debug_assert!(self.is_next(&name), "{name} does not follow");
+        self.waiting.push_back(name);
+        self.reader.push(bytes);
+        while let Some(record) = self.reader.next_record()? {
+            while let Some(segment) = self.waiting.front().filter(|segment| segment.end() <= record.lsn) {
+                let index = std::mem::take(&mut self.builder).finish(self.transactions.resume_from());
+                self.done.extend(index.map(|index| (*segment, index)));
+                self.waiting.pop_front();
+            }
+            let change = Change::read(&record)?;
+            let ended = self.transactions.see(&change, &Unnamed);
+            self.builder.see(&record, &change, ended.as_ref());
+        }
+        if self.reader.is_between_records() {
+            // Only the first of these can have records; others lie within a record that was longer than a segment.
+            while let Some(segment) = self.waiting.pop_front() {
+                let index = std::mem::take(&mut self.builder).finish(self.transactions.resume_from());
+                self.done.extend(index.map(|index| (segment, index)));
+            }
+        }
+        Ok(std::mem::take(&mut self.done))
+    }
+
+    /// Transactions that are open now.
+    pub const fn open(&self) -> usize {
+        self.transactions.len()
+    }
+}
+
+/// The index of one segment, as far as it was seen.
+#[derive(Debug, Default)]
+struct Builder {
+    index: SegmentIndex,
+    minutes: BTreeMap<(i64, Option<FileKey>), (u64, RowCounts)>,
+    /// More ends than an index may hold.
+    too_many: bool,
+}
+
+/// Sorts as people look for files: by database first.
+type FileKey = (u32, u32, u32);
+
+const fn key_of(file: RelFile) -> FileKey {
+    (file.database.0, file.tablespace.0, file.number)
+}
+
+impl Builder {
+    fn see(&mut self, record: &Record<'_>, change: &Change<'_>, ended: Option<&Transaction>) {
+        self.index.records += 1;
+        self.index.last = Some((record.lsn, record.end));
+        self.index.ends_with_transaction = ended.is_some();
+        if let Some(ended) = ended {
+            self.end(change, ended);
+        } else if let Action::Machinery(machinery) = &change.action {
+            self.machinery(record, machinery);
+        }
+    }
+
+    fn time(&mut self, time: PgTime) {
+        self.index.latest = self.index.latest.max(Some(time));
+    }
+
+    /// What else restore plans look at (`restore/scan.rs`).
+    fn machinery(&mut self, record: &Record<'_>, machinery: &XlogRecord<'_>) {
+        let (lsn, end) = (record.lsn, record.end);
+        match machinery {
+            XlogRecord::Checkpoint(checkpoint) => {
+                self.time(checkpoint.time);
+                self.index.checkpoints.push(Checkpoint { lsn, redo: checkpoint.redo, time: checkpoint.time });
+            }
+            XlogRecord::RestorePoint(point) => {
+                self.time(point.time);
+                self.index.restore_points.push(RestorePoint { lsn, end, time: point.time, name: point.name.to_vec() });
+            }
+            XlogRecord::EndOfRecovery(recovery) => self.time(recovery.time),
+            XlogRecord::ParameterChange(parameters) => self.index.parameters.push((lsn, *parameters)),
+            _ => {}
+        }
+    }
+
+    fn end(&mut self, change: &Change<'_>, ended: &Transaction) {
+        self.time(ended.time);
+        if self.index.ends.len() >= ENDS_MAX {
+            self.too_many = true;
+            return;
+        }
+        let Action::Ended(end) = &change.action else { return };
+        self.index.ends.push(TransactionEnd {
+            lsn: ended.lsn,
+            end: ended.end,
+            xid: ended.xid,
+            time: ended.time,
+            committed: ended.committed,
+            subtransactions: end.subxacts().collect(),
+        });
+        if ended.committed {
+            self.tally(ended);
+            self.consider(ended);
+        }
+    }
+
+    fn tally(&mut self, ended: &Transaction) {
+        let minute = ended.time.micros().div_euclid(MINUTE);
+        let files = ended.tallies.iter().map(|tally| (Some(key_of(tally.file)), tally.counts));
+        // Rows of files that are not told apart count for the transactions as such.
+        for (file, rows) in std::iter::once((None, ended.more)).chain(files) {
+            let has_room = self.minutes.len() < MINUTES_MAX;
+            match self.minutes.entry((minute, file)) {
+                std::collections::btree_map::Entry::Occupied(mut entry) => {
+                    let (transactions, sum) = entry.get_mut();
+                    *transactions += 1;
+                    *sum += rows;
+                }
+                std::collections::btree_map::Entry::Vacant(entry) if has_room => {
+                    entry.insert((1, rows));
+                }
+                std::collections::btree_map::Entry::Vacant(_) => self.index.minutes_left_out += 1,
+            }
+        }
+    }
+
+    /// Keeps it if it is among the largest.
+    fn consider(&mut self, ended: &Transaction) {
+        let size = changed(ended.rows());
+        let smallest = self.index.largest.last().map_or(0, size_of);
+        if size == 0 || (self.index.largest.len() >= LARGEST_MAX && size <= smallest) {
+            return;
+        }
+        let mut files: Vec<_> = ended.tallies.iter().map(|tally| (tally.file, tally.counts)).collect();
+        files.sort_by_key(|(file, rows)| (std::cmp::Reverse(changed(*rows)), *file));
+        files.truncate(LARGEST_MAX);
+        let large = LargeTransaction {
+            begin: ended.begin,
+            lsn: ended.lsn,
+            xid: ended.xid,
+            time: ended.time,
+            files,
+            is_complete: ended.is_complete,
+        };
+        let place = self.index.largest.partition_point(|other| size_of(other) >= size_of(&large));
+        self.index.largest.insert(place, large);
+        self.index.largest.truncate(LARGEST_MAX);
+    }
+
+    /// `None` if the segment holds more than an index may.
+    fn finish(mut self, resume_from: Option<Lsn>) -> Option<SegmentIndex> {
+        self.index.resume_from = resume_from;
+        self.index.minutes = self
+            .minutes
+            .into_iter()
+            .map(|((minute, file), (transactions, rows))| MinuteTally {
+                minute,
+                file: file.map(|(database, tablespace, number)| RelFile {
+                    tablespace: crate::pg::Oid(tablespace),
+                    database: crate::pg::Oid(database),
+                    number,
+                }),
+                transactions,
+                rows,
+            })
+            .collect();
+        (!self.too_many).then_some(self.index)
+    }
+}
+
+const fn changed(rows: RowCounts) -> u64 {
+    rows.inserted + rows.updated + rows.deleted + rows.moved
+}
+
+fn size_of(large: &LargeTransaction) -> u64 {
+    large.files.iter().map(|(_, rows)| changed(*rows)).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::format::IndexError;
+    use super::*;
+    use crate::decode::testing::{WalWriter, main_data, source};
+    use crate::decode::{RmgrId, WalMajor};
+    use crate::pg::{SegmentSize, TimelineId};
+    use crate::repo::frame;
+
+    const START: Lsn = Lsn::new(1 << 20);
+
+    fn name(lsn: Lsn) -> SegmentName {
+        SegmentName::at(TimelineId::FIRST, lsn, SegmentSize::new(1 << 20).unwrap())
+    }
+
+    /// A row of a user's table.
+    fn row(wal: &mut WalWriter, xid: u32, file: u32) {
+        let place: Vec<u8> = [1663, 5, file, 0].into_iter().flat_map(u32::to_le_bytes).collect();
+        let body = [&[0, 0, 0, 0], place.as_slice(), &main_data(&[1, 0, 0])].concat();
+        wal.record(RmgrId::HEAP, 0, xid, &body);
+    }
+
+    fn commit(wal: &mut WalWriter, xid: u32, seconds: i64) -> (Lsn, Lsn) {
+        let written = wal.record(RmgrId::XACT, 0, xid, &main_data(&(seconds * 1_000_000).to_le_bytes()));
+        (written.lsn, written.end)
+    }
+
+    /// Enough that the next record lies in a later segment, after records that cross into it.
+    fn fill(wal: &mut WalWriter) {
+        for _ in 0..3 {
+            wal.record(RmgrId::GENERIC, 0, 9, &main_data(&[1; 500_000]));
+        }
+    }
+
+    fn indexes(wal: &WalWriter) -> Vec<(SegmentName, SegmentIndex)> {
+        let mut indexer = Indexer::new(wal.source, &name(START), true);
+        let mut found = Vec::new();
+        for (number, bytes) in (0_u64..).zip(wal.bytes().chunks_exact(1 << 20)) {
+            found.extend(indexer.take(name(START + (number << 20)), bytes).unwrap());
+        }
+        found
+    }
+
+    #[test]
+    fn an_index_holds_what_begins_in_its_segment_and_comes_when_that_is_whole() {
+        let mut wal = WalWriter::new(source(WalMajor::V17), START);
+        row(&mut wal, 10, 20_000);
+        row(&mut wal, 10, 20_000);
+        let first = commit(&mut wal, 10, 61);
+        row(&mut wal, 11, 20_001);
+        fill(&mut wal);
+        let second = commit(&mut wal, 11, 125);
+        fill(&mut wal);
+        fill(&mut wal);
+        let found = indexes(&wal);
+        assert_eq!(found[0].0, name(START));
+        let ends: Vec<Vec<(Lsn, Lsn)>> =
+            found.iter().map(|(_, index)| index.ends.iter().map(|end| (end.lsn, end.end)).collect()).collect();
+        assert_eq!(ends[..2], [vec![first], vec![second]]);
+        let index = &found[0].1;
+        let tallies: Vec<_> =
+            index.minutes.iter().map(|t| (t.minute, t.file.map(|f| f.number), t.rows.inserted)).collect();
+        assert_eq!(tallies, [(1, None, 0), (1, Some(20_000), 2)]);
+        assert_eq!((index.largest[0].xid, index.largest[0].files[0].1.inserted), (Xid::new(10), 2));
+        assert!(index.resume_from.is_some_and(|lsn| lsn > first.0), "transaction 11 is open");
+        let (_, end) = index.last.unwrap();
+        assert!(end > name(START).end(), "the last record crosses into the next segment");
+        assert!(
+            found.len() >= 3 && found.len() < wal.bytes().len() >> 20,
+            "the last segment's last record is not whole"
+        );
+    }
+
+    #[test]
+    fn a_record_longer_than_a_segment_leaves_an_index_without_records() {
+        let mut wal = WalWriter::new(source(WalMajor::V17), START);
+        wal.record(RmgrId::GENERIC, 0, 9, &main_data(&vec![1; 3 << 20]));
+        commit(&mut wal, 9, 1);
+        fill(&mut wal);
+        fill(&mut wal);
+        let found = indexes(&wal);
+        assert_eq!(found.iter().map(|(_, index)| index.records).take(3).collect::<Vec<_>>(), [1, 0, 0]);
+        assert_eq!((found[1].1.last, found[3].1.ends.len()), (None, 1));
+    }
+
+    #[test]
+    fn damage_is_an_error_and_not_an_index() {
+        let mut wal = WalWriter::new(source(WalMajor::V17), START);
+        commit(&mut wal, 10, 61);
+        fill(&mut wal);
+        let mut bytes = wal.bytes()[..1 << 20].to_vec();
+        bytes[9000] ^= 1;
+        assert!(Indexer::new(wal.source, &name(START), true).take(name(START), &bytes).is_err());
+    }
+
+    fn any_end() -> impl Strategy<Value = (u64, u64, i64, u32, bool, Vec<u32>)> {
+        let times = prop_oneof![any::<i64>(), 800_000_000_000_000_i64..800_000_000_001_000];
+        (1_u64..9, 1_u64..9, times, 0_u32..9, any::<bool>(), prop::collection::vec(1_u32..u32::MAX, 0..3))
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_what_is_read(rows in prop::collection::vec(any_end(), 0..50), resume in 0_u64..3) {
+            let segment = name(START);
+            let mut index = SegmentIndex { records: rows.len() as u64, ..SegmentIndex::default() };
+            let mut at = segment.start();
+            for (step, length, time, xid, committed, subtransactions) in rows {
+                at = at + 8 * step;
+                index.last = Some((at, at + 8 * length));
+                index.ends.push(TransactionEnd {
+                    lsn: at,
+                    end: at + 8 * length,
+                    xid: Xid::new(xid.wrapping_mul(1_000_000_007)),
+                    time: PgTime::from_micros(time),
+                    committed,
+                    subtransactions: subtransactions.into_iter().filter_map(Xid::new).collect(),
+                });
+            }
+            index.latest = index.ends.iter().map(|end| end.time).max();
+            index.resume_from = (resume > 0).then(|| Lsn::new(resume));
+            prop_assert_eq!(SegmentIndex::decode(&index.encode(&segment), &segment).unwrap(), index);
+        }
+
+        #[test]
+        fn any_bytes_are_an_index_or_an_error(content in prop::collection::vec(any::<u8>(), 0..300)) {
+            let _ = SegmentIndex::decode(&content, &name(START));
+            let _ = SegmentIndex::decode(&frame::compress(&[b"\x08\x01".as_slice(), &content].concat(), 1), &name(START));
+        }
+    }
+
+    #[test]
+    fn an_index_of_another_segment_or_format_is_refused() {
+        let mut wal = WalWriter::new(source(WalMajor::V17), START);
+        commit(&mut wal, 10, 61);
+        fill(&mut wal);
+        fill(&mut wal);
+        let stored = indexes(&wal)[0].1.encode(&name(START));
+        let error = SegmentIndex::decode(&stored, &name(START).next()).unwrap_err();
+        assert!(matches!(error, IndexError::Impossible(_)), "{error}");
+        let later = frame::compress(b"\x08\x02", 1);
+        assert!(matches!(SegmentIndex::decode(&later, &name(START)), Err(IndexError::Format(2))));
+    }
+}
