@@ -278,8 +278,8 @@ fn page<'a>(record: &Record<'a>, parts: &Parts<'a>) -> Result<Block<'a>, DecodeE
 }
 
 /// A change of one row that touches one page, without an image and in the usual order: what most WAL is made of. `None` says
-/// nothing but that the record wants a closer look; [`Change::read_any`] says the same of what is read here, and takes four
-/// times as long.
+/// nothing but that the record wants a closer look; [`Change::read_any`] says the same of what is read here, and takes
+/// several times as long.
 #[inline]
 fn simple_row(record: &Record<'_>) -> Option<RowChange> {
     if record.header.rmgr != RmgrId::HEAP {

@@ -34,10 +34,11 @@ const READ_AHEAD_BYTES: u64 = 64 << 20;
 /// A checkpoint's time is cut to whole seconds, and taken just before the place is fixed where its WAL begins.
 const CHECKPOINT_TIME_SLACK: i64 = 2_000_000;
 
-/// Bytes of a base backup that two cores unpack and write in a second (measured: 300 to 500 MB).
+/// Bytes of a base backup that are unpacked and written in a second. This and the next are chosen so that the restores of
+/// `benches/RESULTS.md`, which took 13 to 30 s on two cores, are estimated at 21 s.
 const EXTRACTED_PER_SECOND: f64 = 350e6;
 
-/// Bytes of WAL that PostgreSQL replays in a second while we fetch it (measured on pgbench's: 200 to 350 MB).
+/// Bytes of WAL that PostgreSQL replays in a second while we fetch them.
 const REPLAYED_PER_SECOND: f64 = 250e6;
 
 /// For the server to start.
