@@ -60,6 +60,25 @@ pub enum DdlKind {
 }
 
 impl DdlKind {
+    /// All of them, in the order of their numbers in an index, which never change.
+    pub const ALL: [Self; 15] = [
+        Self::Truncate,
+        Self::DropTable,
+        Self::DropOther,
+        Self::DropSchema,
+        Self::DropDatabase,
+        Self::DropColumn,
+        Self::DropTrigger,
+        Self::DisableTrigger,
+        Self::DropRule,
+        Self::DropPolicy,
+        Self::DropEventTrigger,
+        Self::DisableEventTrigger,
+        Self::Create,
+        Self::Rewrite,
+        Self::Alter,
+    ];
+
     /// Whether something is lost by it.
     pub const fn is_destructive(self) -> bool {
         !matches!(self, Self::Create | Self::Rewrite | Self::Alter | Self::DropOther)

@@ -6,7 +6,9 @@
 pub mod ddl;
 pub mod relations;
 pub mod transaction;
+pub mod who;
 
 pub use ddl::{DdlEvent, DdlKind};
 pub use relations::{Persistence, Relation, RelationKind};
 pub use transaction::{Limits, OpenTransaction, Owner, Owners, Tally, Transaction, Transactions};
+pub use who::{Actor, Who, WhoSource};

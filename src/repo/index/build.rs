@@ -1,12 +1,15 @@
 //! Segments in, indexes out. Pure.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 
-use super::format::{Checkpoint, ENDS_MAX, LargeTransaction, MinuteTally, RestorePoint, SegmentIndex, TransactionEnd};
+use super::format::{
+    Checkpoint, CommittedDdl, ENDS_MAX, LargeTransaction, MinuteTally, RestorePoint, SegmentIndex, TransactionEnd,
+};
 use crate::decode::change::{Action, RowCounts};
 use crate::decode::rmgr::xlog::XlogRecord;
 use crate::decode::{Change, DecodeError, Reader, Record, Source};
-use crate::detect::{Limits, Owner, Owners, Transaction, Transactions};
+use crate::detect::{Limits, Owner, Owners, Relation, Transaction, Transactions};
 use crate::pg::{Lsn, PgTime, RelFile, SegmentName, Xid};
 
 /// Tallies of one index. A segment of 16 MiB spans a minute or less on a busy server; this is for a thousand files in
@@ -15,6 +18,9 @@ const MINUTES_MAX: usize = 65_536;
 
 /// Large transactions of one index, and files of each.
 const LARGEST_MAX: usize = 16;
+
+/// Events of one index: a schema of ten thousand tables dropped at once.
+const EVENTS_MAX: usize = 65_536;
 
 /// Microseconds of a minute.
 const MINUTE: i64 = 60_000_000;
@@ -102,6 +108,7 @@ impl Indexer {
 struct Builder {
     index: SegmentIndex,
     minutes: BTreeMap<(i64, Option<FileKey>), (u64, RowCounts)>,
+    names: BTreeMap<RelFile, Arc<Relation>>,
     /// More ends than an index may hold.
     too_many: bool,
 }
@@ -165,11 +172,26 @@ impl Builder {
         if ended.committed {
             self.tally(ended);
             self.consider(ended);
+            self.define(ended);
         }
+    }
+
+    fn define(&mut self, ended: &Transaction) {
+        let room = EVENTS_MAX - self.index.events.len();
+        self.index.events_left_out += ended.ddl.len().saturating_sub(room) as u64;
+        let committed = |event| CommittedDdl { commit: ended.lsn, xid: ended.xid, time: ended.time, event };
+        self.index.events.extend(ended.ddl.iter().take(room).cloned().map(committed));
     }
 
     fn tally(&mut self, ended: &Transaction) {
         let minute = ended.time.micros().div_euclid(MINUTE);
+        for tally in &ended.tallies {
+            if let Some(relation) = &tally.relation
+                && self.names.len() < MINUTES_MAX
+            {
+                self.names.entry(tally.file).or_insert_with(|| relation.clone());
+            }
+        }
         let files = ended.tallies.iter().map(|tally| (Some(key_of(tally.file)), tally.counts));
         // Rows of files that are not told apart count for the transactions as such.
         for (file, rows) in std::iter::once((None, ended.more)).chain(files) {
@@ -214,6 +236,7 @@ impl Builder {
     /// `None` if the segment holds more than an index may.
     fn finish(mut self, resume_from: Option<Lsn>) -> Option<SegmentIndex> {
         self.index.resume_from = resume_from;
+        self.index.names = self.names.into_iter().collect();
         self.index.minutes = self
             .minutes
             .into_iter()
@@ -248,6 +271,8 @@ mod tests {
     use super::*;
     use crate::decode::testing::{WalWriter, main_data, source};
     use crate::decode::{RmgrId, WalMajor};
+    use crate::detect::{DdlEvent, DdlKind, Persistence, RelationKind};
+    use crate::pg::Oid;
     use crate::pg::{SegmentSize, TimelineId};
     use crate::repo::frame;
 
@@ -361,6 +386,31 @@ mod tests {
                 });
             }
             index.latest = index.ends.iter().map(|end| end.time).max();
+            let relation = Arc::new(Relation {
+                database: Oid(5),
+                oid: Oid(20_000),
+                database_name: "shop".into(),
+                schema: "public".into(),
+                name: "orders".into(),
+                kind: RelationKind::Table,
+                persistence: Persistence::Permanent,
+                owner: (resume > 0).then_some(Oid(7)),
+            });
+            let file = RelFile { tablespace: Oid(1663), database: Oid(5), number: 20_001 };
+            index.names = vec![(file, relation.clone())];
+            index.events = index.ends.iter().zip(DdlKind::ALL.into_iter().cycle()).map(|(end, kind)| CommittedDdl {
+                commit: end.lsn,
+                xid: end.xid,
+                time: end.time,
+                event: DdlEvent {
+                    kind,
+                    lsn: end.lsn,
+                    database: Oid(5),
+                    relation: kind.is_destructive().then(|| relation.clone()),
+                    object: (!kind.is_destructive()).then(|| "column".to_owned()),
+                },
+            }).collect();
+            index.events_left_out = resume;
             index.resume_from = (resume > 0).then(|| Lsn::new(resume));
             prop_assert_eq!(SegmentIndex::decode(&index.encode(&segment), &segment).unwrap(), index);
         }

@@ -3,8 +3,11 @@
 //! Times, positions and ids of transactions lie in columns of differences, which are small and much alike, and so
 //! compress well.
 
+use std::sync::Arc;
+
 use crate::decode::change::RowCounts;
 use crate::decode::rmgr::xlog::Parameters;
+use crate::detect::{DdlEvent, DdlKind, Persistence, Relation, RelationKind};
 use crate::pg::{Lsn, Oid, PgTime, RelFile, SegmentName, Xid};
 use crate::proto;
 use crate::repo::frame;
@@ -46,6 +49,25 @@ pub struct SegmentIndex {
     pub largest: Vec<LargeTransaction>,
     /// Decoding must begin here so that no transaction is missed that was open at the segment's end; `None` if none was.
     pub resume_from: Option<Lsn>,
+    /// Whose the files above are, as far as that was known; sorted by file.
+    pub names: Vec<(RelFile, Arc<Relation>)>,
+    /// What committed transactions did to definitions, in WAL order of their commits.
+    pub events: Vec<CommittedDdl>,
+    /// Events that found no room.
+    pub events_left_out: u64,
+}
+
+/// Something that a committed transaction did to a definition.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CommittedDdl {
+    /// Where the commit record begins.
+    pub commit: Lsn,
+    /// The transaction.
+    pub xid: Option<Xid>,
+    /// When it committed.
+    pub time: PgTime,
+    /// What it did.
+    pub event: DdlEvent,
 }
 
 /// The end of a transaction.
@@ -181,6 +203,9 @@ impl SegmentIndex {
             minutes_left_out: self.minutes_left_out,
             resume_from: self.resume_from.map_or(0, Lsn::bytes),
             largest: self.largest.iter().map(large_to_proto).collect(),
+            names: self.names.iter().map(|(file, relation)| name_to_proto(*file, relation)).collect(),
+            events: self.events.iter().map(event_to_proto).collect(),
+            events_left_out: self.events_left_out,
         }
     }
 
@@ -211,6 +236,9 @@ impl SegmentIndex {
             minutes_left_out: message.minutes_left_out,
             largest: message.largest.iter().map(large_of_proto).collect(),
             resume_from: (message.resume_from != 0).then(|| Lsn::new(message.resume_from)),
+            names: message.names.into_iter().map(name_of_proto).collect::<Result<_, _>>()?,
+            events: message.events.into_iter().map(event_of_proto).collect::<Result<_, _>>()?,
+            events_left_out: message.events_left_out,
         })
     }
 }
@@ -379,4 +407,86 @@ fn large_of_proto(message: &proto::LargeTransaction) -> LargeTransaction {
         files: message.files.iter().map(|file| (file_of(file), tally_of_proto(file).rows)).collect(),
         is_complete: message.complete,
     }
+}
+
+fn name_to_proto(file: RelFile, relation: &Relation) -> proto::FileName {
+    proto::FileName {
+        tablespace: file.tablespace.0,
+        database: file.database.0,
+        file_number: file.number,
+        relation: Some(relation_to_proto(relation)),
+    }
+}
+
+fn name_of_proto(message: proto::FileName) -> Result<(RelFile, Arc<Relation>), IndexError> {
+    let proto::FileName { tablespace, database, file_number, relation } = message;
+    let relation = relation.ok_or(IndexError::Impossible("a file's name without a relation"))?;
+    let file = RelFile { tablespace: Oid(tablespace), database: Oid(database), number: file_number };
+    Ok((file, Arc::new(relation_of_proto(relation)?)))
+}
+
+fn relation_to_proto(relation: &Relation) -> proto::Relation {
+    let Relation { database, oid, database_name, schema, name, kind, persistence, owner } = relation;
+    proto::Relation {
+        database: database.0,
+        oid: oid.0,
+        database_name: database_name.clone(),
+        schema: schema.clone(),
+        name: name.clone(),
+        kind: u32::from(kind.letter()),
+        persistence: u32::from(persistence.letter()),
+        owner: owner.map_or(0, |owner| owner.0),
+    }
+}
+
+fn relation_of_proto(message: proto::Relation) -> Result<Relation, IndexError> {
+    let letter = |number: u32| u8::try_from(number).unwrap_or_default();
+    let unknown = IndexError::Impossible("a relation of a kind that there is not");
+    let (Some(kind), Some(persistence)) =
+        (RelationKind::of_letter(letter(message.kind)), Persistence::of_letter(letter(message.persistence)))
+    else {
+        return Err(unknown);
+    };
+    Ok(Relation {
+        database: Oid(message.database),
+        oid: Oid(message.oid),
+        database_name: message.database_name,
+        schema: message.schema,
+        name: message.name,
+        kind,
+        persistence,
+        owner: (message.owner != 0).then_some(Oid(message.owner)),
+    })
+}
+
+fn event_to_proto(ddl: &CommittedDdl) -> proto::DdlEvent {
+    let CommittedDdl { commit, xid, time, event } = ddl;
+    let place = DdlKind::ALL.iter().position(|kind| *kind == event.kind).unwrap_or_default();
+    proto::DdlEvent {
+        kind: place as u32 + 1, // there are few
+        lsn: event.lsn.bytes(),
+        commit_lsn: commit.bytes(),
+        xid: xid.map_or(0, Xid::get),
+        time: time.micros(),
+        database: event.database.0,
+        relation: event.relation.as_deref().map(relation_to_proto),
+        object: event.object.clone().unwrap_or_default(),
+    }
+}
+
+fn event_of_proto(message: proto::DdlEvent) -> Result<CommittedDdl, IndexError> {
+    let kind = (message.kind as usize).checked_sub(1).and_then(|place| DdlKind::ALL.get(place));
+    let relation = message.relation.map(relation_of_proto).transpose()?;
+    Ok(CommittedDdl {
+        commit: Lsn::new(message.commit_lsn),
+        xid: Xid::new(message.xid),
+        time: PgTime::from_micros(message.time),
+        event: DdlEvent {
+            kind: *kind.ok_or(IndexError::Impossible("an event of a kind that there is not"))?,
+            lsn: Lsn::new(message.lsn),
+            database: Oid(message.database),
+            relation: relation.map(Arc::new),
+            object: Some(message.object).filter(|object| !object.is_empty()),
+        },
+    })
 }
