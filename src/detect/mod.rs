@@ -4,11 +4,15 @@
 #![deny(clippy::indexing_slicing, clippy::unwrap_used)]
 
 pub mod ddl;
+pub mod incident;
 pub mod relations;
+pub mod rule;
 pub mod transaction;
 pub mod who;
 
 pub use ddl::{DdlEvent, DdlKind};
+pub use incident::{Incident, Severity, State};
 pub use relations::{Persistence, Relation, RelationKind};
+pub use rule::RuleName;
 pub use transaction::{Limits, OpenTransaction, Owner, Owners, Tally, Transaction, Transactions};
 pub use who::{Actor, Who, WhoSource};

@@ -26,6 +26,7 @@ pub mod cluster;
 mod error;
 pub mod frame;
 pub mod gap;
+pub mod incidents;
 pub mod index;
 mod inventory;
 pub mod layout;
