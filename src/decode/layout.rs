@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use super::catalog::ClassColumns;
 use crate::pg::ServerVersion;
 
 /// A major version whose WAL walguard can read. Minor releases of one share a page format.
@@ -175,6 +176,37 @@ impl WalMajor {
     /// What `pg_waldump` calls the xid before which a standby's queries may not look.
     pub(super) const fn conflict_name(self) -> &'static str {
         if self.at_least(Self::V16) { "snapshotConflictHorizon" } else { "latestRemovedXid" }
+    }
+
+    /// Where columns of `pg_class` lie, counted from a row's first column (Postgres: `catalog/pg_class.h`; 18 brought
+    /// `relallfrozen`).
+    pub(super) const fn class_columns(self) -> ClassColumns {
+        let more = if self.at_least(Self::V18) { 4 } else { 0 };
+        ClassColumns {
+            toast: 108 + more,
+            persistence: 114 + more,
+            kind: 115 + more,
+            is_partition: 127 + more,
+            rewrite: 128 + more,
+        }
+    }
+
+    /// Where `attnum` and `attisdropped` lie in a row of `pg_attribute` (Postgres: `catalog/pg_attribute.h`).
+    pub(super) const fn attribute_columns(self) -> (usize, usize) {
+        match self {
+            Self::V14 | Self::V15 => (78, 101),
+            Self::V16 | Self::V17 => (74, 95),
+            Self::V18 => (74, 91),
+        }
+    }
+
+    /// Where `dattablespace` lies in a row of `pg_database` (Postgres: `catalog/pg_database.h`; before 15 the locale's
+    /// names, of fixed length, came before it).
+    pub(super) const fn database_tablespace(self) -> usize {
+        match self {
+            Self::V14 => 224,
+            _ => 92,
+        }
     }
 
     /// The directory in a tablespace that is this major's (Postgres: `TABLESPACE_VERSION_DIRECTORY`).

@@ -10,12 +10,15 @@
 
 #![deny(clippy::indexing_slicing, clippy::unwrap_used)]
 
+pub mod catalog;
 pub mod change;
 #[cfg(test)]
 mod corpus;
 mod cursor;
 mod error;
 pub mod explain;
+pub mod heap_page;
+mod image;
 mod layout;
 mod list;
 mod page;
@@ -23,6 +26,7 @@ pub mod pgoutput;
 mod reader;
 mod record;
 pub mod rmgr;
+pub mod rows;
 #[cfg(test)]
 pub(crate) mod testing;
 

@@ -19,7 +19,7 @@ pub struct Relation {
     pub kind: RelationKind,
     /// How long its rows last.
     pub persistence: Persistence,
-    /// The table that a TOAST table or an index belongs to.
+    /// The table that a TOAST table or an index belongs to; of a partition the partitioned table.
     pub owner: Option<Oid>,
 }
 

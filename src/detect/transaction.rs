@@ -313,6 +313,14 @@ impl Transactions {
         }
     }
 
+    /// Forgets the rows of a file that an open transaction wrote so far: they were another's, and only came to lie anew.
+    pub fn forget(&mut self, xid: Xid, file: RelFile) {
+        let open = self.places.get(&xid.get()).and_then(|place| self.open.get_mut(*place));
+        if let Some(tally) = open.and_then(|open| open.tallies.iter_mut().find(|tally| tally.file == file)) {
+            tally.counts = RowCounts::default();
+        }
+    }
+
     fn remove(&mut self, xid: Xid) -> Option<Open> {
         let place = self.places.remove(&xid.get())?;
         let open = self.open.swap_remove(place);
@@ -476,7 +484,7 @@ impl Transaction {
 /// below 3 are older than all.
 ///
 /// (Postgres: `TransactionIdPrecedes` in `access/transam/transam.c`.)
-const fn precedes(a: u32, b: u32) -> bool {
+pub(super) const fn precedes(a: u32, b: u32) -> bool {
     if a < 3 || b < 3 {
         return a < b;
     }

@@ -34,6 +34,7 @@ mod backups;
 mod capture;
 mod lease;
 mod loops;
+pub mod names;
 mod path;
 mod patience;
 mod schedule;

@@ -13,6 +13,7 @@ mod crash_table;
 mod decode;
 mod decode_counts;
 mod decode_parity;
+mod definitions;
 mod demo;
 mod durability;
 mod expire;
