@@ -21,6 +21,7 @@ pub mod backoff;
 pub mod capture;
 pub mod decode;
 pub mod detect;
+pub mod guard;
 pub mod pg;
 pub mod progress;
 pub mod repo;

@@ -12,6 +12,7 @@ use jiff::tz::TimeZone;
 
 use crate::capture;
 use crate::capture::spool;
+use crate::guard;
 use crate::repo;
 use crate::repo::archiver;
 use crate::repo::backup;
@@ -36,6 +37,8 @@ pub struct Settings {
     pub backup: backup::Config,
     /// How long backups and WAL are kept.
     pub retention: retention::Keep,
+    /// How the agent finds out who is at work.
+    pub who: guard::Config,
     /// Where the agent tells how it is.
     pub http: http::Config,
     /// How times are read and shown.
@@ -81,6 +84,7 @@ impl Settings {
         settings.time.zone()?;
         settings.archive.check()?;
         settings.backup.check()?;
+        settings.who.check()?;
         // A timeout of nothing would end every connection before it begins.
         let postgres = &settings.postgres;
         for (name, value) in
@@ -205,6 +209,7 @@ mod tests {
             ("[archive]\nuploads_max = 0", "archive.uploads_max"),
             ("[archive]\ntail_interval = \"0s\"", "archive.tail_interval"),
             ("[backup]\npart_size = \"1 KiB\"", "backup.part_size"),
+            ("[who]\ninterval = \"1ms\"", "who.interval"),
             ("[postgres]\nreceive_timeout = \"0s\"", "postgres.receive_timeout"),
         ] {
             let problem = Settings::parse(text).unwrap_err();
@@ -274,6 +279,7 @@ mod tests {
             "[spool]",
             "[archive]",
             "[backup]",
+            "[who]",
             "[http]",
             "[time]",
         ];

@@ -276,7 +276,7 @@ async fn start_sql(info: &ConnInfo, host: &Host, transport: Transport) -> Result
 }
 
 /// Sorts an error of tokio-postgres like one of our own connection.
-pub(super) fn sql_error(endpoint: &str, error: tokio_postgres::Error) -> CaptureError {
+pub(crate) fn sql_error(endpoint: &str, error: tokio_postgres::Error) -> CaptureError {
     if let Some(told) = error.as_db_error() {
         return CaptureError::from_server(endpoint, ServerError::from(told));
     }

@@ -37,6 +37,7 @@ mod wire;
 
 pub use base_backup::{BackupEvent, BackupStream, BaseBackupOptions, Checkpoint, Tablespace};
 pub use connection::connect_sql;
+pub(crate) use connection::sql_error;
 pub use conninfo::{ChannelBinding, ConnInfo, Environment, Host, SslMode, TargetSessionAttrs};
 pub use error::{CaptureError, ServerError};
 pub use feedback::Feedback;

@@ -61,6 +61,13 @@ pub fn render(status: &Status) -> Result<String, fmt::Error> {
         metrics.number("backup_last_bad_pages", "Pages with a wrong checksum in it", last.bad_pages as f64);
     }
     metrics.flag("backup_running", "A base backup is being taken", status.backups.running.is_some());
+    metrics.flag("watching_sessions", "Samples are taken of who is at work in the server", status.who.watching);
+    if status.who.watching {
+        let open = status.who.open_transactions as f64;
+        metrics.number("open_transactions", "Transactions with a number that were open at the last sample", open);
+        metrics.seconds("session_sample", "What the last sample took", status.who.sample_seconds);
+    }
+    metrics.count("nudges", "Times that the server was made to flush WAL that it held back", status.who.nudges_total);
     metrics.number("gaps", "Holes in the archived WAL that this agent found", status.gaps.len() as f64);
     metrics.number("attention", "Things that somebody should look at", status.attention().len() as f64);
     metrics.alarms(status);

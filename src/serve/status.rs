@@ -49,6 +49,8 @@ pub struct Status {
     pub store: StoreStatus,
     /// Base backups.
     pub backups: Backups,
+    /// Who is at work in the server.
+    pub who: WhoStatus,
     /// Holes in the archived WAL that this agent found, in the order in which it did.
     pub gaps: Vec<GapSeen>,
     /// What somebody must look at, by name.
@@ -113,6 +115,24 @@ pub struct StoreStatus {
     pub stored_bytes_total: u64,
     /// Calls that failed and were tried again, since the agent was started.
     pub failures_total: u64,
+    /// What is wrong now.
+    pub trouble: Option<Trouble>,
+}
+
+/// What is seen of who is at work in the server.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
+pub struct WhoStatus {
+    /// True while samples of its sessions are taken.
+    pub watching: bool,
+    /// The agent's role sees all sessions' statements, clients and times: it has `pg_monitor`.
+    pub sees_all: bool,
+    /// Transactions with a number that were open at the last sample.
+    pub open_transactions: u64,
+    /// What the last sample took, in seconds.
+    pub sample_seconds: f64,
+    /// How often the server was made to flush WAL that it held back, since the agent was started.
+    pub nudges_total: u64,
     /// What is wrong now.
     pub trouble: Option<Trouble>,
 }

@@ -5,6 +5,7 @@
 //! archive   spool -> repository     publishes what is archived
 //! backups   server -> repository    when there is none, when WAL was lost, on schedule
 //! lease     one agent per cluster   renews; a lease that is lost ends the agent
+//! sessions  SQL                     who is at work; nudges WAL of open transactions out of the server
 //! watch     SQL, systemd            what only SQL tells; watchdog
 //! http      status, metrics
 //! ```
@@ -38,6 +39,7 @@ pub mod names;
 mod path;
 mod patience;
 mod schedule;
+mod sessions;
 mod source;
 mod watch;
 
@@ -50,6 +52,7 @@ use tokio_util::sync::CancellationToken;
 use crate::backoff::{Chain, RetryPolicy};
 use crate::capture::ConnInfo;
 use crate::capture::spool::Spool;
+use crate::guard;
 use crate::pg::Lsn;
 use crate::repo::Created;
 use crate::repo::Repository;
@@ -149,16 +152,24 @@ impl Agent {
         loops.start("archive", |stop| archive::run(archiver, told.0, told.1, tell, stop, spool_closed));
 
         let watching = watch::Watch {
-            conninfo: self
-                .conninfo
-                .clone()
-                .with_application_name(&format!("{}-watch", self.conninfo.application_name())),
+            conninfo: self.beside("watch"),
             stream_name: self.conninfo.application_name().to_owned(),
             slot: settings.postgres.slot.clone(),
             board: board.clone(),
             synchronous,
         };
         loops.start("watch", |stop| watching.run(stop));
+
+        let sessions = guard::Sessions::new();
+        if settings.who.enabled {
+            let watcher = sessions::Watcher {
+                conninfo: self.beside("who"),
+                config: settings.who.clone(),
+                sessions: sessions.clone(),
+                board: board.clone(),
+            };
+            loops.start("sessions", |stop| watcher.run(stop));
+        }
 
         if self.backups {
             let backups = backups::Backups {
@@ -183,6 +194,11 @@ impl Agent {
         lease::release(&self.repo, &lease, &board).await;
         tracing::info!(archived = board.snapshot(Timestamp::now()).archived.map(|a| a.to_string()), "agent stopped");
         result
+    }
+
+    /// How a connection beside the stream is made, under a name of its own.
+    fn beside(&self, purpose: &str) -> ConnInfo {
+        self.conninfo.clone().with_application_name(&format!("{}-{purpose}", self.conninfo.application_name()))
     }
 
     /// Finds out who the server is, whose the repository is, and where the archive stands. Waits for both as long as it

@@ -34,3 +34,4 @@ mod sync_commit;
 mod verify;
 mod wal_explain;
 mod wal_fetch;
+mod who;
