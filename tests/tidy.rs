@@ -9,7 +9,7 @@ use std::process::Command;
 const FREE: [&str; 2] = ["pg", "proto"];
 
 /// Files and folders that turn values into values.
-const PURE: [&str; 12] = [
+const PURE: [&str; 15] = [
     "src/pg",
     "src/decode",
     "src/detect",
@@ -18,6 +18,9 @@ const PURE: [&str; 12] = [
     "src/repo/catalog.rs",
     "src/repo/index/build.rs",
     "src/repo/index/format.rs",
+    "src/repo/index/level.rs",
+    "src/repo/index/merged.rs",
+    "src/repo/index/summary.rs",
     "src/repo/layout.rs",
     "src/restore/path.rs",
     "src/restore/scan.rs",

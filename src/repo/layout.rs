@@ -7,6 +7,7 @@
 //!   wal/00000001/000000010000001600000037.tail/00000000-0001a2f8.zst   bytes [from, to) of an unfinished segment
 //!   wal/00000002.history                             timeline history, verbatim
 //!   index/00000001/000000010000001600000037          what that segment holds
+//!   merged/00000001/00256/000000010000001600000000   what the 256 segments from that one on hold, in short
 //!   base/<label>/base.tar.zst.00001                  a part of the data directory's tar
 //!   base/<label>/<tablespace oid>.tar.zst.00001      a part of a tablespace's tar
 //!   base/<label>/backup_manifest.zst                 Postgres's own manifest, verbatim
@@ -25,6 +26,7 @@ use std::fmt;
 
 use jiff::Timestamp;
 
+use super::index::{Group, Level};
 use crate::pg::{Lsn, Oid, SegmentName, SegmentSize, TimelineId};
 
 /// The longest name of a cluster or a backup, in bytes: keys stay far below the 1,024 that S3 allows.
@@ -89,6 +91,8 @@ pub enum Object {
     History(TimelineId),
     /// A segment's index.
     Index(SegmentName),
+    /// What the indexes of a group of segments say, in short.
+    Merged(Group),
     /// A part of one archive of a base backup.
     Part {
         /// The backup.
@@ -210,6 +214,23 @@ impl Layout {
         key
     }
 
+    /// What the indexes of a group of segments say, in short.
+    pub fn merged(&self, group: &Group) -> String {
+        format!("{}{}", self.merged_folder(group.timeline, group.level), group.first())
+    }
+
+    /// The folder of the merged indexes of one level, in the order of their segments.
+    pub fn merged_folder(&self, timeline: TimelineId, level: Level) -> String {
+        format!("{}/merged/{}/{:05}/", self.cluster, timeline.hex(), level.segments())
+    }
+
+    /// What sorts just before the merged index of `group`.
+    pub fn before_merged(&self, group: &Group) -> String {
+        let mut key = self.merged(group);
+        key.pop(); // as for an index
+        key
+    }
+
     /// The folder of all base backups, `main/base/`.
     pub fn backups_folder(&self) -> String {
         format!("{}/base/", self.cluster)
@@ -299,6 +320,12 @@ impl Layout {
                 Object::Tail { segment, from: u32::try_from(from).ok()?, to: u32::try_from(to).ok()? }
             }
             ["index", timeline, file] => Object::Index(parse_segment(timeline, file, size)?),
+            ["merged", timeline, segments, file] => {
+                let level = Level::of_segments(parse_padded(segments, 5)?.into())?;
+                let first = parse_segment(timeline, file, size)?;
+                let group = Group::of(&first, level);
+                (group.first() == first).then_some(Object::Merged(group))?
+            }
             ["base", label, "manifest"] => Object::Manifest { label: label.to_owned() },
             ["base", label, "backup_manifest.zst"] => Object::PostgresManifest { label: label.to_owned() },
             ["base", label, file] => {
@@ -429,6 +456,8 @@ mod tests {
             Just(Object::Lease),
             segments().prop_map(Object::Segment),
             segments().prop_map(Object::Index),
+            (segments(), prop::sample::select(Level::ALL.to_vec()))
+                .prop_map(|(segment, level)| Object::Merged(Group::of(&segment, level))),
             (segments(), 0..size, 1..=size).prop_filter_map("a tail has bytes", |(segment, from, to)| {
                 (from < to).then_some(Object::Tail { segment, from, to })
             }),
@@ -456,6 +485,7 @@ mod tests {
             Object::Tail { segment, from, to } => layout.tail(segment, *from, *to),
             Object::History(timeline) => layout.history(*timeline),
             Object::Index(segment) => layout.index(segment),
+            Object::Merged(group) => layout.merged(group),
             Object::Part { label, archive, number } => layout.part(label, *archive, *number),
             Object::PostgresManifest { label } => layout.postgres_manifest(label),
             Object::Manifest { label } => layout.manifest(label),

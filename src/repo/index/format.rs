@@ -13,10 +13,10 @@ use crate::proto;
 use crate::repo::frame;
 
 /// The format that this code writes and reads.
-const FORMAT: u32 = 1;
+pub(super) const FORMAT: u32 = 1;
 
 /// The most that an index holds when it is decompressed: an index that has more is not walguard's.
-const INDEX_BYTES_MAX: usize = 64 << 20;
+pub(super) const INDEX_BYTES_MAX: usize = 64 << 20;
 
 /// Ends of transactions in one index. A segment of 16 MiB holds half as many at most; larger segments with more get no
 /// index, and are read themselves.
@@ -146,6 +146,17 @@ pub struct LargeTransaction {
     pub files: Vec<(RelFile, RowCounts)>,
     /// False if its beginning was not seen: the counts are at least these.
     pub is_complete: bool,
+}
+
+impl LargeTransaction {
+    /// Rows of the files that are told apart.
+    pub fn rows(&self) -> u64 {
+        self.files.iter().fold(0, |all, (_, rows)| all.saturating_add(changed(*rows)))
+    }
+}
+
+pub(super) const fn changed(rows: RowCounts) -> u64 {
+    rows.inserted.saturating_add(rows.updated).saturating_add(rows.deleted).saturating_add(rows.moved)
 }
 
 /// Why bytes are no index.
@@ -330,17 +341,17 @@ const fn checkpoint_of_proto(message: &proto::Checkpoint) -> Checkpoint {
     Checkpoint { lsn: Lsn::new(lsn), redo: Lsn::new(redo), time: PgTime::from_micros(time) }
 }
 
-fn restore_point_to_proto(point: &RestorePoint) -> proto::RestorePoint {
+pub(super) fn restore_point_to_proto(point: &RestorePoint) -> proto::RestorePoint {
     let RestorePoint { lsn, end, time, name } = point;
     proto::RestorePoint { lsn: lsn.bytes(), end: end.bytes(), time: time.micros(), name: name.clone() }
 }
 
-fn restore_point_of_proto(message: proto::RestorePoint) -> RestorePoint {
+pub(super) fn restore_point_of_proto(message: proto::RestorePoint) -> RestorePoint {
     let proto::RestorePoint { lsn, end, time, name } = message;
     RestorePoint { lsn: Lsn::new(lsn), end: Lsn::new(end), time: PgTime::from_micros(time), name }
 }
 
-const fn parameters_to_proto((lsn, parameters): &(Lsn, Parameters)) -> proto::ParameterChange {
+pub(super) const fn parameters_to_proto((lsn, parameters): &(Lsn, Parameters)) -> proto::ParameterChange {
     proto::ParameterChange {
         lsn: lsn.bytes(),
         max_connections: parameters.max_connections,
@@ -352,7 +363,7 @@ const fn parameters_to_proto((lsn, parameters): &(Lsn, Parameters)) -> proto::Pa
     }
 }
 
-const fn parameters_of_proto(message: &proto::ParameterChange) -> (Lsn, Parameters) {
+pub(super) const fn parameters_of_proto(message: &proto::ParameterChange) -> (Lsn, Parameters) {
     let parameters = Parameters {
         max_connections: message.max_connections,
         max_worker_processes: message.max_worker_processes,
@@ -364,7 +375,7 @@ const fn parameters_of_proto(message: &proto::ParameterChange) -> (Lsn, Paramete
     (Lsn::new(message.lsn), parameters)
 }
 
-fn tally_to_proto(tally: &MinuteTally) -> proto::MinuteTally {
+pub(super) fn tally_to_proto(tally: &MinuteTally) -> proto::MinuteTally {
     let MinuteTally { minute, file, transactions, rows } = *tally;
     let RowCounts { inserted, updated, deleted, moved } = rows;
     let file = file.map_or((0, 0, 0), |file| (file.tablespace.0, file.database.0, file.number));
@@ -372,7 +383,7 @@ fn tally_to_proto(tally: &MinuteTally) -> proto::MinuteTally {
     proto::MinuteTally { minute, tablespace, database, file_number, transactions, inserted, updated, deleted, moved }
 }
 
-fn tally_of_proto(message: &proto::MinuteTally) -> MinuteTally {
+pub(super) fn tally_of_proto(message: &proto::MinuteTally) -> MinuteTally {
     let proto::MinuteTally { minute, transactions, inserted, updated, deleted, moved, .. } = *message;
     let rows = RowCounts { inserted, updated, deleted, moved };
     let file = file_of(message);
@@ -383,7 +394,7 @@ const fn file_of(message: &proto::MinuteTally) -> RelFile {
     RelFile { tablespace: Oid(message.tablespace), database: Oid(message.database), number: message.file_number }
 }
 
-fn large_to_proto(large: &LargeTransaction) -> proto::LargeTransaction {
+pub(super) fn large_to_proto(large: &LargeTransaction) -> proto::LargeTransaction {
     let minute = large.time.micros().div_euclid(60_000_000);
     let file = |(file, rows): &(RelFile, RowCounts)| {
         tally_to_proto(&MinuteTally { minute, file: Some(*file), transactions: 1, rows: *rows })
@@ -398,7 +409,7 @@ fn large_to_proto(large: &LargeTransaction) -> proto::LargeTransaction {
     }
 }
 
-fn large_of_proto(message: &proto::LargeTransaction) -> LargeTransaction {
+pub(super) fn large_of_proto(message: &proto::LargeTransaction) -> LargeTransaction {
     LargeTransaction {
         begin: Lsn::new(message.begin),
         lsn: Lsn::new(message.lsn),
@@ -409,7 +420,7 @@ fn large_of_proto(message: &proto::LargeTransaction) -> LargeTransaction {
     }
 }
 
-fn name_to_proto(file: RelFile, relation: &Relation) -> proto::FileName {
+pub(super) fn name_to_proto(file: RelFile, relation: &Relation) -> proto::FileName {
     proto::FileName {
         tablespace: file.tablespace.0,
         database: file.database.0,
@@ -418,7 +429,7 @@ fn name_to_proto(file: RelFile, relation: &Relation) -> proto::FileName {
     }
 }
 
-fn name_of_proto(message: proto::FileName) -> Result<(RelFile, Arc<Relation>), IndexError> {
+pub(super) fn name_of_proto(message: proto::FileName) -> Result<(RelFile, Arc<Relation>), IndexError> {
     let proto::FileName { tablespace, database, file_number, relation } = message;
     let relation = relation.ok_or(IndexError::Impossible("a file's name without a relation"))?;
     let file = RelFile { tablespace: Oid(tablespace), database: Oid(database), number: file_number };
@@ -459,7 +470,7 @@ fn relation_of_proto(message: proto::Relation) -> Result<Relation, IndexError> {
     })
 }
 
-fn event_to_proto(ddl: &CommittedDdl) -> proto::DdlEvent {
+pub(super) fn event_to_proto(ddl: &CommittedDdl) -> proto::DdlEvent {
     let CommittedDdl { commit, xid, time, event } = ddl;
     let place = DdlKind::ALL.iter().position(|kind| *kind == event.kind).unwrap_or_default();
     proto::DdlEvent {
@@ -474,7 +485,7 @@ fn event_to_proto(ddl: &CommittedDdl) -> proto::DdlEvent {
     }
 }
 
-fn event_of_proto(message: proto::DdlEvent) -> Result<CommittedDdl, IndexError> {
+pub(super) fn event_of_proto(message: proto::DdlEvent) -> Result<CommittedDdl, IndexError> {
     let kind = (message.kind as usize).checked_sub(1).and_then(|place| DdlKind::ALL.get(place));
     let relation = message.relation.map(relation_of_proto).transpose()?;
     Ok(CommittedDdl {
