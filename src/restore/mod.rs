@@ -10,6 +10,7 @@ pub mod plan;
 pub mod recovery;
 pub mod run;
 mod scan;
+mod search;
 pub mod target;
 pub mod wal_fetch;
 

@@ -1,8 +1,9 @@
 //! Catalog, request and archived WAL -> a plan: what will be fetched, where recovery stops, what is kept and what is lost.
 //!
-//! A plan is a proof. Every byte of WAL from the backup's start to the stop is in the repository, was read, and its
-//! records' checksums are right; the place to stop was found by reading them, and the restored server is held to it.
-//! What cannot be proved is refused, with what is missing and which moments can be reached.
+//! A plan is a proof. Every byte of WAL from the backup's start to the stop is in the repository; the place to stop was
+//! found in the records themselves, and the restored server is held to it. Segments whose index says that recovery does
+//! not stop in them are not read, so what is damaged in them is found when the server replays them, unless the request
+//! is to verify. What cannot be proved is refused, with what is missing and which moments can be reached.
 //!
 //! **Archived up to.** A time behind the last commit is reachable if it is proved that nothing was committed in between:
 //! if some archived record (the end of a transaction, a checkpoint, a restore point) carries that time or a later one,
@@ -10,26 +11,20 @@
 //! the agent's [`CaughtUp`] proves it. The time at which the store received its newest object would prove less: a commit
 //! may have been on its way to the store at that very moment. What neither proves is "not yet archived".
 
-use futures_util::{StreamExt as _, stream};
 use tokio_util::sync::CancellationToken;
 
 use super::error::{Moment, Nearest, RestoreError};
 use super::path;
-use super::scan::{Goal, More, Scan, Scanned};
+use super::scan::{Goal, Scanned, padded};
 pub use super::scan::{Stop, Transaction};
+use super::search::{Found, Search};
 use super::target::Target;
-use crate::backoff::Chain;
 use crate::decode::rmgr::xlog::Parameters;
-use crate::decode::{DecodeError, Reader, Source, WalMajor};
-use crate::pg::{Lsn, PgTime, Position, SegmentName, SegmentNumber, TimelineHistory, TimelineId};
+use crate::pg::{Lsn, PgTime, Position, SegmentName, TimelineHistory, TimelineId};
 use crate::progress::Progress;
+use crate::repo::Repository;
 use crate::repo::catalog::{BackupInfo, Catalog, CatalogScope, Missing};
 use crate::repo::lease::CaughtUp;
-use crate::repo::{RepoError, Repository};
-
-/// Bytes of WAL read ahead of the decoder: four segments of the usual size hide a store's latency. Of larger segments
-/// one is read ahead.
-const READ_AHEAD_BYTES: u64 = 64 << 20;
 
 /// A checkpoint's time is cut to whole seconds, and taken just before the place is fixed where its WAL begins.
 const CHECKPOINT_TIME_SLACK: i64 = 2_000_000;
@@ -55,6 +50,9 @@ pub struct Request {
     pub timeline: Option<TimelineId>,
     /// Begin with the backup of this label; by default with the newest that serves.
     pub backup: Option<String>,
+    /// Read all WAL that the restore needs, also where indexes tell what is in it: damage is then told by the plan, and
+    /// not by the restored server on its way.
+    pub verify: bool,
 }
 
 /// What a restore will do. Same catalog and request, same plan.
@@ -84,6 +82,9 @@ pub struct RestorePlan {
     pub wal_bytes: u64,
     /// Segments that these lie in.
     pub wal_segments: u64,
+    /// Segments that were read, whole, to find the stop. The indexes told what is in the others; these are known to be
+    /// there, but not to be undamaged.
+    pub segments_read: u64,
     /// About so many bytes of WAL and backup are fetched from the repository.
     pub fetched_bytes: u64,
     /// About so many seconds will pass until the moment is reached, if store and disk are no slower than those of
@@ -121,8 +122,8 @@ pub struct Leg {
     pub to: Lsn,
 }
 
-/// Makes a plan. Reads the archived WAL from the backup's start to the target and, where one was committed, to the first
-/// transaction behind it; writes nothing.
+/// Makes a plan. Looks through the archived WAL from the backup's start to the target and, where one was committed, to the
+/// first transaction behind it; writes nothing.
 ///
 /// # Errors
 /// If the target cannot be reached, or not provably.
@@ -139,7 +140,10 @@ pub async fn plan(
     planner.plan().await
 }
 
-async fn cancellable<T>(cancel: &CancellationToken, work: impl Future<Output = T>) -> Result<T, RestoreError> {
+pub(super) async fn cancellable<T>(
+    cancel: &CancellationToken,
+    work: impl Future<Output = T>,
+) -> Result<T, RestoreError> {
     cancel.run_until_cancelled(work).await.ok_or(RestoreError::Cancelled)
 }
 
@@ -211,13 +215,6 @@ enum Tried {
     NotThere,
 }
 
-/// Archived WAL that was read, and what was found in it.
-struct Read {
-    found: Scanned,
-    /// All of it was read up to here.
-    to: Lsn,
-}
-
 impl Planner<'_> {
     async fn plan(&self) -> Result<RestorePlan, RestoreError> {
         let candidates = candidates(self.catalog, self.path, self.request.backup.as_deref())?;
@@ -279,11 +276,11 @@ impl Planner<'_> {
             _ => {}
         }
         let mut read = self.read(backup, until.unwrap_or(end), candidates).await?;
-        if read.found.stop.is_some() && until.is_some() {
+        if read.scanned.stop.is_some() && until.is_some() {
             // Found in what lies before a newer backup: what is lost may lie behind that one's start.
             read = self.read(backup, end, candidates).await?;
         }
-        let Read { found, to } = &read;
+        let Found { scanned: found, to, segments_read, .. } = &read;
         let archived = found.everything.map_or(*to, |stop| stop.reached);
         let latest = found.latest.max(self.proved(archived));
         let stop = match (found.stop, &self.request.target) {
@@ -306,7 +303,7 @@ impl Planner<'_> {
         }
         let at_end = found.everything.is_some();
         let archived = Moment { lsn: archived.max(end), time: latest.filter(|_| at_end) };
-        Ok(Tried::Plan(Box::new(self.make_plan(backup, candidates, &stop, found, archived))))
+        Ok(Tried::Plan(Box::new(self.make_plan(backup, candidates, &stop, found, archived, *segments_read))))
     }
 
     /// Up to when everything committed is proved to lie before `archived`, by the agent's word.
@@ -336,6 +333,7 @@ impl Planner<'_> {
         stop: &Stop,
         found: &Scanned,
         archived: Moment,
+        segments_read: u64,
     ) -> RestorePlan {
         let size = self.catalog.identity.segment_size;
         let last = size.segment_of(Lsn::new(stop.read_to.bytes().saturating_sub(1)));
@@ -358,6 +356,7 @@ impl Planner<'_> {
             archived,
             wal_bytes: stop.read_to.saturating_sub(backup.start),
             wal_segments,
+            segments_read,
             fetched_bytes: backup.stored_bytes + wal_segments * (stored / segments.max(1)),
             estimated_seconds: backup.content_bytes as f64 / EXTRACTED_PER_SECOND
                 + stop.read_to.saturating_sub(backup.start) as f64 / REPLAYED_PER_SECOND
@@ -425,78 +424,17 @@ impl Planner<'_> {
         RestoreError::Unreachable { problem, nearest: Nearest { before: None, after }, not_yet: false }
     }
 
-    /// Reads the WAL from a backup's start to `to`, or to what is looked for.
-    async fn read(&self, backup: &BackupInfo, to: Lsn, candidates: &[&BackupInfo]) -> Result<Read, RestoreError> {
-        let identity = &self.catalog.identity;
-        let size = identity.segment_size;
-        let major = WalMajor::of_server(identity.server_version)
-            .ok_or(RestoreError::UnsupportedMajor { major: identity.server_version.major() })?;
-        let source = Source { major, segment_size: size, system_id: Some(identity.system_id) };
-        let first = size.segment_of(backup.start);
-        let last = size.segment_of(Lsn::new(to.bytes().saturating_sub(1)));
-        self.progress.begin("read archived WAL", Some(to.saturating_sub(size.start_of(first))));
-        let files = (first.get()..=last.get())
-            .map(SegmentNumber::new)
-            .map_while(|segment| path::file_of(self.catalog, self.path, segment));
-        let ahead = usize::try_from((READ_AHEAD_BYTES / size.bytes()).clamp(1, 4)).unwrap_or(1);
-        let mut files = stream::iter(files)
-            .map(|(name, reach)| async move { (name, reach, self.repo.read_segment(&name).await) })
-            .buffered(ahead);
-        let mut pass = Pass {
-            reader: Reader::at_page(source, size.start_of(first)),
-            scan: Scan::new(self.goal(), backup.start),
-            from: backup.start,
-        };
-        let mut reached = backup.start;
-        let mut problem = None;
-        while let Some((name, reach, read)) = cancellable(self.cancel, files.next()).await? {
-            let reach = reach.min(to);
-            let bytes = match read {
-                Ok(read) if name.start() + read.valid_to >= reach => read.bytes,
-                Ok(read) => {
-                    problem = Some((name, format!("it ends after {} bytes", read.valid_to)));
-                    break;
-                }
-                Err(error @ RepoError::Damaged { .. }) => {
-                    problem = Some((name, error.to_string()));
-                    break;
-                }
-                Err(error) if error.is_not_found() => {
-                    problem = Some((name, Chain(&error).to_string()));
-                    break;
-                }
-                Err(error) => return Err(error.into()),
-            };
-            let length = usize::try_from(reach.saturating_sub(name.start())).unwrap_or(usize::MAX).min(bytes.len());
-            let slice = bytes.slice(..length);
-            let (again, more) = tokio::task::spawn_blocking(move || pass.take(&slice)).await.expect("decoding ends");
-            pass = again;
-            self.progress.advance(length as u64);
-            match more {
-                Ok(More::Yes) => reached = reach,
-                Ok(More::No) => {
-                    reached = reach;
-                    break;
-                }
-                // The server had written no further when the file was archived.
-                Err(DecodeError::Unwritten { at }) if name.number == last => {
-                    reached = at;
-                    break;
-                }
-                Err(error) => {
-                    problem = Some((name, error.to_string()));
-                    break;
-                }
-            }
-        }
-        self.progress.end();
-        let found = pass.scan.finish();
-        match problem {
+    /// Looks through the WAL from a backup's start to `to`, or to what is looked for.
+    async fn read(&self, backup: &BackupInfo, to: Lsn, candidates: &[&BackupInfo]) -> Result<Found, RestoreError> {
+        let &Self { repo, catalog, path, progress, cancel, .. } = self;
+        let search = Search { repo, catalog, path, everything: self.request.verify, progress, cancel };
+        let found = search.run(self.goal(), backup.start, to).await?;
+        match &found.problem {
             // Damage behind the target does not keep anybody from it.
-            Some((name, problem)) if found.stop.is_none() => {
-                Err(self.damaged(&name, problem, backup, &found, candidates))
+            Some((name, problem)) if found.scanned.stop.is_none() => {
+                Err(self.damaged(name, problem.clone(), backup, &found.scanned, candidates))
             }
-            _ => Ok(Read { found, to: reached }),
+            _ => Ok(found),
         }
     }
 
@@ -513,36 +451,6 @@ impl Planner<'_> {
         let nearest = Nearest { before, after: self.first_behind(name.end(), candidates) };
         RestoreError::DamagedWal { segment: name.to_string(), problem, nearest }
     }
-}
-
-/// Reader and scan, which go to another thread and back.
-struct Pass {
-    reader: Reader,
-    scan: Scan,
-    /// Records before this one are not replayed.
-    from: Lsn,
-}
-
-impl Pass {
-    fn take(mut self, bytes: &[u8]) -> (Self, Result<More, DecodeError>) {
-        self.reader.push(bytes);
-        let more = self.drain();
-        (self, more)
-    }
-
-    fn drain(&mut self) -> Result<More, DecodeError> {
-        while let Some(record) = self.reader.next_record()? {
-            if record.lsn >= self.from && self.scan.see(&record)? == More::No {
-                return Ok(More::No);
-            }
-        }
-        Ok(More::Yes)
-    }
-}
-
-/// Records begin at multiples of 8 bytes: what follows the last one up to there holds nothing.
-fn padded(end: Lsn) -> Lsn {
-    Lsn::new(end.bytes().saturating_add(7) & !7)
 }
 
 /// The timelines from the backup's to the one on which the last record that is kept lies.
@@ -568,27 +476,70 @@ impl RestorePlan {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
+    use std::ops::Range;
+    use std::sync::{Arc, Mutex};
 
+    use async_trait::async_trait;
     use bytes::Bytes;
 
     use super::*;
-    use crate::decode::RmgrId;
     use crate::decode::testing::{WalWriter, Written, main_data, source};
+    use crate::decode::{RmgrId, WalMajor};
     use crate::pg::{ServerVersion, SystemId, Xid};
     use crate::progress::Silent;
     use crate::proto;
     use crate::repo::backup::manifest;
     use crate::repo::cluster::{ClusterIdentity, FORMAT};
     use crate::repo::frame;
+    use crate::repo::index::Indexer;
     use crate::repo::lease::Claim;
-    use crate::repo::store::MemoryStore;
+    use crate::repo::store::{Created, ListPage, ListRequest, MemoryStore, Store, StoreError};
+
+    /// A store that keeps the keys that were read.
+    #[derive(Debug, Default)]
+    struct Watched {
+        store: MemoryStore,
+        reads: Mutex<Vec<String>>,
+    }
+
+    #[async_trait]
+    impl Store for Watched {
+        async fn create(&self, key: &str, content: Bytes) -> Result<Created, StoreError> {
+            self.store.create(key, content).await
+        }
+
+        async fn replace(&self, key: &str, content: Bytes) -> Result<(), StoreError> {
+            self.store.replace(key, content).await
+        }
+
+        async fn read(&self, key: &str, range: Option<Range<u64>>) -> Result<Bytes, StoreError> {
+            self.reads.lock().unwrap().push(key.to_owned());
+            self.store.read(key, range).await
+        }
+
+        async fn list(&self, request: &ListRequest) -> Result<ListPage, StoreError> {
+            self.store.list(request).await
+        }
+
+        async fn delete(&self, key: &str) -> Result<(), StoreError> {
+            self.store.delete(key).await
+        }
+
+        fn enforces_create_once(&self) -> bool {
+            self.store.enforces_create_once()
+        }
+
+        fn url(&self) -> String {
+            self.store.url()
+        }
+    }
 
     /// Microseconds of a second.
     const SECOND: i64 = 1_000_000;
 
     /// A repository whose WAL is made by hand: one commit a second, in segments of 1 MiB.
     struct World {
+        store: Arc<Watched>,
         repo: Repository,
         wal: WalWriter,
         start: Lsn,
@@ -596,7 +547,8 @@ mod tests {
 
     impl World {
         async fn new() -> Self {
-            let repo = Repository::over(Arc::new(MemoryStore::new()), "main").unwrap();
+            let store = Arc::new(Watched::default());
+            let repo = Repository::over(store.clone(), "main").unwrap();
             let source = source(WalMajor::V15);
             let identity = ClusterIdentity {
                 format: FORMAT,
@@ -607,23 +559,39 @@ mod tests {
             };
             repo.initialize(&identity).await.unwrap();
             let start = Lsn::new(4 << 20);
-            Self { repo, wal: WalWriter::new(source, start), start }
+            Self { store, repo, wal: WalWriter::new(source, start), start }
         }
 
         fn commit(&mut self, xid: u32, seconds: i64) -> Written {
             self.wal.record(RmgrId::XACT, 0, xid, &main_data(&(seconds * SECOND).to_le_bytes()))
         }
 
+        fn end(&mut self, info: u8, xid: u32, seconds: i64) -> Written {
+            self.wal.record(RmgrId::XACT, info, xid, &main_data(&(seconds * SECOND).to_le_bytes()))
+        }
+
+        fn point(&mut self, name: &str, seconds: i64) -> Written {
+            let mut data = (seconds * SECOND).to_le_bytes().to_vec();
+            data.extend(name.as_bytes());
+            data.resize(72, 0);
+            self.wal.record(RmgrId::XLOG, 0x70, 0, &main_data(&data))
+        }
+
+        fn parameters(&mut self, connections: i32) -> Written {
+            let settings = [connections, 8, 10, 0, 64, 1].map(i32::to_le_bytes).concat();
+            self.wal.record(RmgrId::XLOG, 0x60, 0, &main_data(&[settings.as_slice(), &[0; 2]].concat()))
+        }
+
         /// Enough rows that the next record lies in a later segment.
         fn fill(&mut self) {
             for _ in 0..2 {
-                self.wal.record(RmgrId(10), 0, 9, &main_data(&[1; 700_000]));
+                self.wal.record(RmgrId::GENERIC, 0, 9, &main_data(&[1; 700_000]));
             }
         }
 
         /// A base backup, from its checkpoint's redo point to where it is consistent.
         async fn backup(&mut self, label: &str, seconds: i64, bad_pages: u64) -> Written {
-            let redo = self.wal.record(RmgrId(10), 0, 9, &main_data(b"first"));
+            let redo = self.wal.record(RmgrId::GENERIC, 0, 9, &main_data(b"first"));
             let mut checkpoint = vec![0; 88];
             checkpoint[..8].copy_from_slice(&redo.lsn.bytes().to_le_bytes());
             checkpoint[8] = 1;
@@ -665,13 +633,48 @@ mod tests {
             }
         }
 
+        /// Puts the indexes of those whole segments that `wanted` names by their place, 0 being the first.
+        async fn index(&self, wanted: impl Fn(usize) -> bool) {
+            let first = SegmentName::at(TimelineId::FIRST, self.start, self.wal.source.segment_size);
+            let mut indexer = Indexer::new(self.wal.source, &first, true);
+            for (place, bytes) in (0_u64..).zip(self.wal.bytes().chunks_exact(1 << 20)) {
+                let name = SegmentName::at(TimelineId::FIRST, self.start + (place << 20), first.size);
+                for (name, index) in indexer.take(name, bytes).unwrap() {
+                    if wanted((name.number.get() - first.number.get()) as usize) {
+                        self.repo.put_index(&name, &index).await.unwrap();
+                    }
+                }
+            }
+        }
+
+        /// The WAL objects read since this was asked last.
+        fn wal_reads(&self) -> usize {
+            let reads = std::mem::take(&mut *self.store.reads.lock().unwrap());
+            reads.iter().filter(|key| key.contains("/wal/")).count()
+        }
+
+        /// The plan by the indexes, which must be the one that all WAL gives; and its refusal as text.
+        async fn same_plan(&self, target: Target, exclusive: bool) -> Result<RestorePlan, String> {
+            let mut request = Request { target, exclusive, timeline: None, backup: None, verify: true };
+            let cancel = CancellationToken::new();
+            let expected = plan(&self.repo, &request, &Silent, &cancel).await;
+            request.verify = false;
+            let found = plan(&self.repo, &request, &Silent, &cancel).await;
+            let text = |plan: &Result<RestorePlan, RestoreError>| match plan {
+                Ok(plan) => format!("{:?}", RestorePlan { segments_read: 0, ..plan.clone() }),
+                Err(error) => format!("{error:?}"),
+            };
+            assert_eq!(text(&found), text(&expected), "{request:?}");
+            found.map_err(|error| error.to_string())
+        }
+
         async fn remove(&self, lsn: Lsn) {
             let name = SegmentName::at(TimelineId::FIRST, lsn, self.wal.source.segment_size);
             self.repo.store().delete(&self.repo.layout().segment(&name)).await.unwrap();
         }
 
         async fn plan(&self, target: Target) -> Result<RestorePlan, RestoreError> {
-            let request = Request { target, exclusive: false, timeline: None, backup: None };
+            let request = Request { target, exclusive: false, timeline: None, backup: None, verify: false };
             plan(&self.repo, &request, &Silent, &CancellationToken::new()).await
         }
     }
@@ -709,6 +712,157 @@ mod tests {
             }
             assert_eq!(plan.lost.map(|t| t.lsn), lost.map(|t| t.lsn), "{target:?}");
         }
+    }
+
+    /// WAL of all that plans look at, in which commits do not come in the order of their times.
+    async fn random_world(random: &mut fastrand::Rng) -> (World, Vec<(Target, bool)>) {
+        let mut world = World::new().await;
+        let mut targets = vec![(Target::Latest, false)];
+        world.commit(3, 1);
+        world.backup("first", 2, 0).await;
+        for step in 10..random.i64(20..80) {
+            let seconds = step + random.i64(-4..4);
+            let number = step as u32 * 10;
+            match random.u8(..16) {
+                0..5 => {
+                    let commit = world.commit(number, seconds);
+                    targets.push((Target::Lsn(commit.lsn), false));
+                    targets.push((Target::Lsn(commit.end), false));
+                }
+                5 => {
+                    world.end(0x20, number, seconds);
+                }
+                6 => {
+                    world.point(random.choice(&["once", "often"]).unwrap(), seconds);
+                }
+                7 => {
+                    world.parameters(random.i32(1..1000));
+                }
+                8 if random.bool() => {
+                    world.backup(&format!("at-{step}"), seconds, random.u64(..4) / 3).await;
+                }
+                9 if random.bool() => {
+                    world.wal.switch();
+                }
+                10 if random.bool() => {
+                    world.wal.record(RmgrId::GENERIC, 0, 9, &main_data(&vec![1; random.usize(1_000_000..2_500_000)]));
+                }
+                11..13 => {
+                    world.wal.record(RmgrId::GENERIC, 0, 9, &main_data(&vec![1; random.usize(400_000..900_000)]));
+                }
+                _ => {
+                    world.wal.record(RmgrId::GENERIC, 0, 9, &main_data(&vec![1; random.usize(1..20_000)]));
+                }
+            }
+            targets.push((time(seconds), random.bool()));
+            targets.push((xid(number), random.bool()));
+        }
+        targets.extend([(Target::Name("once".into()), false), (Target::Name("often".into()), false)]);
+        targets.push((Target::Lsn(world.wal.at() + 1), false));
+        world.archive().await;
+        (world, targets)
+    }
+
+    #[tokio::test]
+    async fn whichever_indexes_are_there_the_plan_is_that_of_all_wal() {
+        let mut random = fastrand::Rng::with_seed(5);
+        let (mut plans, mut read, mut all) = (0, 0, 0);
+        for round in 0..24 {
+            let (world, mut targets) = random_world(&mut random).await;
+            let share = [10, 10, 7, 3][round % 4];
+            let there: Vec<bool> = (0..300).map(|_| random.u8(..10) < share).collect();
+            world.index(|place| there.get(place).copied().unwrap_or(true)).await;
+            random.shuffle(&mut targets);
+            for (target, exclusive) in targets.into_iter().take(20) {
+                if let Ok(plan) = world.same_plan(target, exclusive).await {
+                    plans += 1;
+                    read += plan.segments_read;
+                    all += plan.wal_segments;
+                }
+            }
+        }
+        assert!(plans > 200 && read < all, "{plans} plans read {read} of {all} segments");
+    }
+
+    #[tokio::test]
+    async fn a_time_between_commits_out_of_order_is_found_in_the_segment_of_the_first_later_one() {
+        let mut world = World::new().await;
+        world.backup("only", 10, 0).await;
+        let kept = world.commit(3, 20);
+        world.fill();
+        let early = world.commit(4, 50); // its clock was ahead of those of the segments behind it
+        world.fill();
+        world.fill();
+        world.commit(5, 30);
+        world.fill();
+        world.fill();
+        let last = world.commit(6, 60);
+        world.fill();
+        world.archive().await;
+        world.index(|_| true).await;
+        for (seconds, kept, lost) in [(20, &kept, &early), (35, &kept, &early), (49, &kept, &early)] {
+            let plan = world.same_plan(time(seconds), false).await.unwrap();
+            assert_eq!((plan.kept.unwrap().lsn, plan.lost.unwrap().lsn), (kept.lsn, lost.lsn), "{seconds}");
+            assert_eq!((plan.stop.lsn, plan.stop.inclusive), (early.lsn, false), "{seconds}");
+        }
+        assert_eq!(world.same_plan(time(50), false).await.unwrap().stop.lsn, last.lsn);
+    }
+
+    #[tokio::test]
+    async fn with_indexes_a_plan_reads_the_segments_at_its_stop_however_many_lie_before() {
+        let mut world = World::new().await;
+        world.backup("only", 10, 0).await;
+        for step in 0..60 {
+            world.fill();
+            world.commit(20 + step as u32, 100 + step);
+        }
+        world.point("here", 200);
+        world.commit(7, 210);
+        world.fill();
+        world.commit(8, 220);
+        world.archive().await;
+        world.wal_reads();
+        let segments = world.plan(Target::Latest).await.unwrap().wal_segments;
+        assert!(segments > 60 && world.wal_reads() as u64 >= segments);
+        world.index(|_| true).await;
+        let targets = [time(100), time(130), time(159), xid(40), Target::Name("here".into()), Target::Latest];
+        for target in targets.into_iter().chain([Target::Lsn(world.start + (30 << 20))]) {
+            let plan = world.plan(target.clone()).await.unwrap();
+            let reads = world.wal_reads();
+            // The stop's segment, and where a record goes on in the next; the end, of which there is no index.
+            assert!(reads <= 4 && plan.segments_read <= 3, "{target:?} read {reads} objects");
+            world.same_plan(target, false).await.unwrap();
+            world.wal_reads();
+        }
+    }
+
+    #[tokio::test]
+    async fn damage_that_an_index_hides_is_told_if_asked_to_verify_and_a_damaged_index_hides_nothing() {
+        let mut world = World::new().await;
+        world.backup("only", 10, 0).await;
+        world.commit(3, 20);
+        for _ in 0..3 {
+            world.fill();
+        }
+        let damaged = SegmentName::at(TimelineId::FIRST, world.start + (2 << 20), world.wal.source.segment_size);
+        world.commit(4, 30);
+        world.fill();
+        world.fill();
+        world.archive().await;
+        world.index(|_| true).await;
+        let key = world.repo.layout().segment(&damaged);
+        world.repo.store().replace(&key, Bytes::from_static(b"rot")).await.unwrap();
+        assert!(world.plan(Target::Latest).await.unwrap().segments_read < 5);
+        let mut request =
+            Request { target: Target::Latest, exclusive: false, timeline: None, backup: None, verify: true };
+        let cancel = CancellationToken::new();
+        let error = plan(&world.repo, &request, &Silent, &cancel).await.unwrap_err().to_string();
+        assert!(error.contains(&damaged.to_string()), "{error}");
+        let key = world.repo.layout().index(&damaged);
+        world.repo.store().replace(&key, Bytes::from_static(b"rot")).await.unwrap();
+        request.verify = false;
+        let error = plan(&world.repo, &request, &Silent, &cancel).await.unwrap_err().to_string();
+        assert!(error.contains(&damaged.to_string()), "{error}");
     }
 
     #[tokio::test]

@@ -9,6 +9,8 @@ use crate::decode::rmgr::xact::{self, TransactionEnd};
 use crate::decode::rmgr::xlog::{self, Parameters, XlogRecord};
 use crate::decode::{DecodeError, Record};
 use crate::pg::{Lsn, PgTime, Xid};
+use crate::repo::index::SegmentIndex;
+use crate::repo::index::format::TransactionEnd as IndexedEnd;
 
 /// What a scan looks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -138,9 +140,59 @@ impl Scan {
             self.found.lost = Some(transaction(record, &end));
         }
         self.see_name(record, machinery.as_ref());
+        Ok(self.more())
+    }
+
+    const fn more(&self) -> More {
         // Names are looked for to the end: there may be two of one name.
         let done = self.found.lost.is_some() && !matches!(self.goal, Goal::Name(_));
-        Ok(if done { More::No } else { More::Yes })
+        if done { More::No } else { More::Yes }
+    }
+
+    /// True if an index says of its segment's records all that [`Scan::see`] would learn from them. It does not if recovery
+    /// may stop there: only the WAL says where the records before and behind that place lie.
+    pub(super) fn can_pass_over(&self, index: &SegmentIndex) -> bool {
+        if index.last.is_none() || self.found.stop.is_some() {
+            return true;
+        }
+        let stops_here = match &self.goal {
+            Goal::End => false,
+            Goal::Time { at, exclusive } => index.ends.iter().any(|end| is_past(end.time, *at, *exclusive)),
+            Goal::Lsn(lsn) => index.last.is_some_and(|(_, end)| end > padded(*lsn)),
+            Goal::Xid { xid, .. } => index.ends.iter().any(|end| end.includes(*xid)),
+            Goal::Name(name) => index.restore_points.iter().any(|point| point.name == name.as_bytes()),
+        };
+        !self.met && !stops_here
+    }
+
+    /// Takes an index in place of its segment's records; only if [`Scan::can_pass_over`] allows it.
+    pub(super) fn pass_over(&mut self, index: &SegmentIndex) -> More {
+        let Some((lsn, end)) = index.last else { return self.more() };
+        self.found.end = Some(end);
+        self.found.latest = self.found.latest.max(index.latest);
+        let began = index.checkpoints.iter().find(|checkpoint| checkpoint.redo == self.from);
+        self.found.began = self.found.began.or(began.map(|checkpoint| checkpoint.time));
+        if self.found.stop.is_some() {
+            let lost = index.ends.iter().find(|end| end.committed);
+            self.found.lost = self.found.lost.or(lost.map(indexed));
+        } else {
+            self.last = Some(Span { lsn, end });
+            self.found.ends_with_transaction = index.ends_with_transaction;
+            for end in &index.ends {
+                self.found.last_ends = [Some(end.time), self.found.last_ends[0]];
+                if end.committed {
+                    self.found.kept = Some(indexed(end));
+                }
+            }
+            for (_, new) in &index.parameters {
+                self.found.parameters = Some(greatest(&self.found.parameters.unwrap_or_default(), new));
+            }
+        }
+        if let Goal::Name(name) = &self.goal {
+            let places = index.restore_points.iter().filter(|point| point.name == name.as_bytes());
+            self.found.named.extend(places.map(|point| (point.end, point.time)));
+        }
+        self.more()
     }
 
     /// What was found. `latest` and everything behind the stop know only what was seen.
@@ -155,8 +207,8 @@ impl Scan {
     fn stops_before(&self, record: &Record<'_>, end: Option<&TransactionEnd<'_>>) -> bool {
         match &self.goal {
             Goal::End | Goal::Name(_) | Goal::Xid { exclusive: false, .. } => false,
-            Goal::Time { at, exclusive } => end.is_some_and(|end| end.time > *at || (*exclusive && end.time == *at)),
-            Goal::Lsn(lsn) => record.end.bytes() > lsn.bytes().saturating_add(7) & !7,
+            Goal::Time { at, exclusive } => end.is_some_and(|end| is_past(end.time, *at, *exclusive)),
+            Goal::Lsn(lsn) => record.end > padded(*lsn),
             Goal::Xid { xid, exclusive: true } => end.is_some_and(|end| end.includes(*xid)),
         }
     }
@@ -191,8 +243,44 @@ impl Scan {
     }
 }
 
+/// What an index says of the records from `from` on; `None` if it does not tell them from those before.
+pub(super) fn behind(mut index: SegmentIndex, from: Lsn) -> Option<SegmentIndex> {
+    if index.latest != latest_listed(&index) {
+        // Of a promotion's record it keeps the time, but not the place.
+        return None;
+    }
+    index.ends.retain(|end| end.lsn >= from);
+    index.checkpoints.retain(|checkpoint| checkpoint.lsn >= from);
+    index.restore_points.retain(|point| point.lsn >= from);
+    index.parameters.retain(|(lsn, _)| *lsn >= from);
+    index.last = index.last.filter(|(lsn, _)| *lsn >= from);
+    index.latest = latest_listed(&index);
+    Some(index)
+}
+
+/// The latest time of an index's records whose places it says.
+fn latest_listed(index: &SegmentIndex) -> Option<PgTime> {
+    let ends = index.ends.iter().map(|end| end.time);
+    let checkpoints = index.checkpoints.iter().map(|checkpoint| checkpoint.time);
+    let points = index.restore_points.iter().map(|point| point.time);
+    ends.chain(checkpoints).chain(points).max()
+}
+
+fn is_past(time: PgTime, at: PgTime, exclusive: bool) -> bool {
+    time > at || (exclusive && time == at)
+}
+
+/// Records begin at multiples of 8 bytes: what follows the last one up to there holds nothing.
+pub(super) fn padded(end: Lsn) -> Lsn {
+    Lsn::new(end.bytes().saturating_add(7) & !7)
+}
+
 fn transaction(record: &Record<'_>, end: &TransactionEnd<'_>) -> Transaction {
     Transaction { lsn: record.lsn, end: record.end, xid: end.xid, time: end.time }
+}
+
+fn indexed(end: &IndexedEnd) -> Transaction {
+    Transaction { lsn: end.lsn, end: end.end, xid: end.xid, time: end.time }
 }
 
 /// The server's clock when a record other than a transaction's end was written.

@@ -26,6 +26,7 @@ mod list;
 mod pgoutput;
 mod restore_by_hand;
 mod restore_places;
+mod restore_plans;
 mod restore_targets;
 mod restore_timeline;
 mod store_conformance;

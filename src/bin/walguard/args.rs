@@ -261,6 +261,9 @@ pub(crate) struct RestoreArgs {
     /// Stop just before the transaction of `xid:...`, or before what ended at the very time, instead of just after it
     #[arg(long)]
     pub(crate) exclusive: bool,
+    /// Read all WAL that the restore needs before it begins, to find damage now and not on the way
+    #[arg(long)]
+    pub(crate) verify: bool,
     /// What happens once the target is reached
     #[arg(long, value_name = "ACTION", default_value = "pause")]
     pub(crate) action: Action,

@@ -81,7 +81,13 @@ fn request(context: &Context, args: &RestoreArgs) -> anyhow::Result<Request> {
         let hint = "everything before an LSN is what --to LSN means by itself";
         return Err(UsageError::with_hint("--exclusive needs a transaction or a time", hint).into());
     }
-    Ok(Request { target, exclusive: args.exclusive, timeline: args.timeline, backup: args.backup.clone() })
+    Ok(Request {
+        target,
+        exclusive: args.exclusive,
+        timeline: args.timeline,
+        backup: args.backup.clone(),
+        verify: args.verify,
+    })
 }
 
 fn options(args: &RestoreArgs) -> anyhow::Result<Options> {
@@ -207,6 +213,13 @@ fn plan_text(plan: &RestorePlan, args: &RestoreArgs, zone: &TimeZone) -> String 
             backup.start,
             plan.stop.read_to
         ),
+    );
+    line(
+        "looked at",
+        match plan.wal_segments.saturating_sub(plan.segments_read) {
+            0 => "all of that WAL".to_owned(),
+            _ => format!("{} segments; the index tells of the others (--verify reads all)", plan.segments_read),
+        },
     );
     line("to fetch", format!("about {}", render::bytes(plan.fetched_bytes)));
     let estimated = Duration::try_from_secs_f64(plan.estimated_seconds.ceil()).unwrap_or(Duration::MAX);
