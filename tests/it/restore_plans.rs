@@ -224,14 +224,11 @@ impl World {
         let auto = data.join("postgresql.auto.conf");
         let settings = fs::read_to_string(&auto).unwrap();
         let at = at.to_string().replace('Z', "+00"); // zones have no names yet when this setting is read
-        let changed = |line: &str| match line.split_once(" = ") {
-            Some((name @ "recovery_target_lsn", _)) => format!("{name} = ''\n"),
-            Some((name @ "recovery_target_time", _)) => format!("{name} = '{at}'\n"),
-            Some((name @ "recovery_target_inclusive", _)) => format!("{name} = 'on'\n"),
-            Some((name @ "recovery_target_action", _)) => format!("{name} = 'shutdown'\n"),
-            _ => format!("{line}\n"),
-        };
-        fs::write(&auto, settings.lines().map(changed).collect::<String>()).unwrap();
+        // Even an empty target besides the one that is set is one too many.
+        let others = |line: &&str| !line.starts_with("recovery_target") || line.starts_with("recovery_target_timeline");
+        let mut changed: String = settings.lines().filter(others).map(|line| format!("{line}\n")).collect();
+        changed += &format!("recovery_target_time = '{at}'\nrecovery_target_action = 'shutdown'\n");
+        fs::write(&auto, changed).unwrap();
         let mut server = Cluster::around(self.cluster.major(), &data);
         server.launch();
         wait_for("the end of recovery", ARCHIVE_DEADLINE, || {
