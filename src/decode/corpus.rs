@@ -5,15 +5,16 @@
 use proptest::prelude::*;
 
 use super::explain::explain;
+use super::record::Around;
 use super::rmgr::{heap, heap2, xact};
 use super::{Change, DecodeError, Fault, Reader, Record, RecordHeader, RmgrId, Source, WalMajor};
 use crate::decode::change::{Action, RowKind};
-use crate::pg::{Lsn, TimelineId, Xid};
+use crate::pg::{Lsn, Xid};
 
 /// A record that owns its bytes.
 #[derive(Clone, Debug)]
 struct Sample {
-    major: WalMajor,
+    around: Around,
     lsn: Lsn,
     header: RecordHeader,
     body: Vec<u8>,
@@ -21,12 +22,16 @@ struct Sample {
     line: &'static str,
 }
 
+const fn around(major: WalMajor) -> Around {
+    Around { timeline: None, major }
+}
+
 impl Sample {
     fn record(&self) -> Record<'_> {
         let (lsn, end) =
             (self.lsn, Lsn::new((self.lsn.bytes() + u64::from(self.header.total_length)).next_multiple_of(8)));
-        let Self { major, header, .. } = *self;
-        Record { lsn, end, timeline: TimelineId::FIRST, header, body: &self.body, major }
+        let Self { header, .. } = *self;
+        Record { lsn, end, header, body: &self.body, around: &self.around }
     }
 
     fn is(&self, name: &str) -> bool {
@@ -65,7 +70,13 @@ fn samples() -> Vec<Sample> {
             let (record, rest) = records.split_at(header.total_length as usize);
             records = rest;
             let lsn = line.split_once("lsn: ").unwrap().1.split_once(',').unwrap().0.parse().unwrap();
-            samples.push(Sample { major, lsn, header, body: record[RecordHeader::BYTES..].to_vec(), line });
+            samples.push(Sample {
+                around: around(major),
+                lsn,
+                header,
+                body: record[RecordHeader::BYTES..].to_vec(),
+                line,
+            });
         }
         assert!(records.is_empty());
     }
@@ -77,7 +88,7 @@ fn every_kind_of_record_is_explained_as_postgres_explains_it() {
     let samples = samples();
     assert!(samples.len() > 4 * 150, "the corpus shrank to {} records", samples.len());
     for sample in &samples {
-        assert_eq!(explain(&sample.record()).unwrap().to_string(), sample.line, "PostgreSQL {}", sample.major);
+        assert_eq!(explain(&sample.record()).unwrap().to_string(), sample.line, "PostgreSQL {}", sample.around.major);
     }
 }
 
@@ -184,7 +195,9 @@ fn what_the_fuzzer_found_is_an_answer_and_not_a_panic() {
             crc: 0,
         };
         let major = WalMajor::ALL[usize::from(*major) % WalMajor::ALL.len()];
-        read_everything(&Sample { major, lsn: Lsn::new(64), header, body: body.to_vec(), line: "" }.record());
+        read_everything(
+            &Sample { around: around(major), lsn: Lsn::new(64), header, body: body.to_vec(), line: "" }.record(),
+        );
         inputs += 1;
     }
     assert!(inputs >= 900, "the corpus shrank to {inputs} inputs");
@@ -249,7 +262,7 @@ proptest! {
         sample.header.total_length = (RecordHeader::BYTES + sample.body.len()) as u32;
         sample.header.info = info.unwrap_or(sample.header.info);
         sample.header.rmgr = manager.map_or(sample.header.rmgr, RmgrId);
-        sample.major = major.map_or(sample.major, |major| WalMajor::ALL[major]);
+        sample.around.major = major.map_or(sample.around.major, |major| WalMajor::ALL[major]);
         read_everything(&sample.record());
     }
 
@@ -269,6 +282,6 @@ proptest! {
             rmgr: RmgrId(manager),
             crc: 0,
         };
-        read_everything(&Sample { major: WalMajor::ALL[major], lsn: Lsn::new(64), header, body, line: "" }.record());
+        read_everything(&Sample { around: around(WalMajor::ALL[major]), lsn: Lsn::new(64), header, body, line: "" }.record());
     }
 }

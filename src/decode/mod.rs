@@ -12,6 +12,7 @@
 
 pub mod catalog;
 pub mod change;
+mod checksum;
 #[cfg(test)]
 mod corpus;
 mod cursor;

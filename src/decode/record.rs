@@ -133,15 +133,29 @@ pub struct Record<'a> {
     /// Where the next may begin at the earliest: its end rounded up to 8 bytes, as Postgres counts
     /// (`pg_last_wal_replay_lsn()` after its replay); for a switch, the end of the segment.
     pub end: Lsn,
-    /// The timeline of the page on which it ends.
-    pub timeline: TimelineId,
     /// Its header.
     pub header: RecordHeader,
     pub(super) body: &'a [u8],
+    pub(super) around: &'a Around,
+}
+
+/// What a record has in common with those around it. It is lent: a record is copied often, and quickly if it consists of whole
+/// words.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Around {
+    pub(super) timeline: Option<TimelineId>,
     pub(super) major: WalMajor,
 }
 
 impl<'a> Record<'a> {
+    /// The timeline of the page on which it ends.
+    pub const fn timeline(&self) -> TimelineId {
+        match self.around.timeline {
+            Some(timeline) => timeline,
+            None => TimelineId::FIRST,
+        }
+    }
+
     /// The resource manager's opcode and flags: `info` without the low four bits.
     pub const fn operation(&self) -> u8 {
         self.header.info & 0xF0
@@ -149,7 +163,7 @@ impl<'a> Record<'a> {
 
     /// The format that the record is written in.
     pub const fn major(&self) -> WalMajor {
-        self.major
+        self.around.major
     }
 
     /// False if the record is so long that the reader kept only its beginning: its checksum is proved, but its parts
@@ -269,7 +283,7 @@ impl<'a> Parts<'a> {
                         return Err(headers.fault(Fault::BlockOrder));
                     }
                     block_last = Some(id);
-                    let block = BlockHeader::read(&mut headers, id, record.major, relation)?;
+                    let block = BlockHeader::read(&mut headers, id, record.major(), relation)?;
                     relation = Some(block.relation);
                     block_bytes +=
                         usize::from(block.data_length) + block.image.map_or(0, |image| usize::from(image.length));
@@ -298,7 +312,7 @@ impl<'a> Parts<'a> {
         let blocks = Blocks {
             headers: Cursor::new(head, record.lsn),
             payloads: Cursor::new(payloads, record.lsn),
-            major: record.major,
+            major: record.major(),
             relation: None,
         };
         Ok(Self { main_data, top_xid, origin, blocks })
