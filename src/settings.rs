@@ -39,6 +39,12 @@ pub struct Settings {
     pub retention: retention::Keep,
     /// How the agent finds out who is at work.
     pub who: guard::Config,
+    /// What `walguard guard install` puts into a database.
+    pub guard: guard::script::Config,
+    /// The watch over what protects tables.
+    pub protection: guard::Watch,
+    /// What the breaker may do.
+    pub breaker: guard::breaker::Config,
     /// Where the agent tells how it is.
     pub http: http::Config,
     /// How times are read and shown.
@@ -85,6 +91,8 @@ impl Settings {
         settings.archive.check()?;
         settings.backup.check()?;
         settings.who.check()?;
+        settings.guard.check()?;
+        settings.protection.check()?;
         // A timeout of nothing would end every connection before it begins.
         let postgres = &settings.postgres;
         for (name, value) in
@@ -210,6 +218,8 @@ mod tests {
             ("[archive]\ntail_interval = \"0s\"", "archive.tail_interval"),
             ("[backup]\npart_size = \"1 KiB\"", "backup.part_size"),
             ("[who]\ninterval = \"1ms\"", "who.interval"),
+            ("[guard]\ntables = [\"\"]", "guard.tables"),
+            ("[protection]\ninterval = \"0s\"", "protection.interval"),
             ("[postgres]\nreceive_timeout = \"0s\"", "postgres.receive_timeout"),
         ] {
             let problem = Settings::parse(text).unwrap_err();
@@ -280,6 +290,9 @@ mod tests {
             "[archive]",
             "[backup]",
             "[who]",
+            "[guard]",
+            "[protection]",
+            "[breaker]",
             "[http]",
             "[time]",
         ];

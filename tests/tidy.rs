@@ -9,11 +9,15 @@ use std::process::Command;
 const FREE: [&str; 2] = ["pg", "proto"];
 
 /// Files and folders that turn values into values.
-const PURE: [&str; 15] = [
+const PURE: [&str; 19] = [
     "src/pg",
     "src/decode",
     "src/detect",
     "src/capture/feedback.rs",
+    "src/guard/activity.rs",
+    "src/guard/message.rs",
+    "src/guard/nudge.rs",
+    "src/guard/script.rs",
     "src/repo/archiver/plan.rs",
     "src/repo/catalog.rs",
     "src/repo/index/build.rs",

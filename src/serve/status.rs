@@ -51,6 +51,8 @@ pub struct Status {
     pub backups: Backups,
     /// Who is at work in the server.
     pub who: WhoStatus,
+    /// What protects the tables.
+    pub protection: ProtectionStatus,
     /// Holes in the archived WAL that this agent found, in the order in which it did.
     pub gaps: Vec<GapSeen>,
     /// What somebody must look at, by name.
@@ -135,6 +137,49 @@ pub struct WhoStatus {
     pub nudges_total: u64,
     /// What is wrong now.
     pub trouble: Option<Trouble>,
+}
+
+/// What protects the tables, as last seen.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
+pub struct ProtectionStatus {
+    /// Each database that could be looked at.
+    pub databases: Vec<ProtectedDatabase>,
+    /// What is wrong now.
+    pub trouble: Option<Trouble>,
+}
+
+/// What protects the tables of a database, as last seen.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
+pub struct ProtectedDatabase {
+    /// The database's name.
+    pub database: String,
+    /// When it was looked at, by our clock.
+    pub at: Option<Timestamp>,
+    /// Triggers of tables, those of constraints not among them.
+    pub triggers: InForce,
+    /// Event triggers.
+    pub event_triggers: InForce,
+    /// Rules of tables.
+    pub rules: InForce,
+    /// Row security policies.
+    pub policies: InForce,
+    /// The guard's triggers and event triggers: those that are as they should be, of those that should be there. `None` if
+    /// no guard was ever seen there.
+    pub guard: Option<InForce>,
+    /// What is wrong with the guard, the first of it.
+    pub guard_problems: Vec<String>,
+}
+
+/// How many of something.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
+pub struct InForce {
+    /// That are in force.
+    pub in_force: u64,
+    /// That are there, or should be.
+    pub there: u64,
 }
 
 /// Base backups.

@@ -5,6 +5,7 @@
 //! archive   spool -> repository     publishes what is archived
 //! backups   server -> repository    when there is none, when WAL was lost, on schedule
 //! lease     one agent per cluster   renews; a lease that is lost ends the agent
+//! protection SQL                    what protects tables, and what is gone of it
 //! sessions  SQL                     who is at work; nudges WAL of open transactions out of the server
 //! watch     SQL, systemd            what only SQL tells; watchdog
 //! http      status, metrics
@@ -38,6 +39,7 @@ mod loops;
 pub mod names;
 mod path;
 mod patience;
+mod protection;
 mod schedule;
 mod sessions;
 mod source;
@@ -169,6 +171,17 @@ impl Agent {
                 board: board.clone(),
             };
             loops.start("sessions", |stop| watcher.run(stop));
+        }
+        let losses = guard::Losses::default();
+        if settings.protection.enabled {
+            let watcher = protection::Watcher {
+                conninfo: self.beside("protection"),
+                interval: settings.protection.interval,
+                guard: settings.guard.clone(),
+                losses: losses.clone(),
+                board: board.clone(),
+            };
+            loops.start("protection", |stop| watcher.run(stop));
         }
 
         if self.backups {

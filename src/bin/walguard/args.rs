@@ -111,6 +111,7 @@ pub(crate) enum Verb {
     Restore(RestoreArgs),
     Verify(VerifyArgs),
     Expire(ExpireArgs),
+    Guard(GuardArgs),
     Wal(WalArgs),
     WalPush(WalPushArgs),
     WalFetch(WalFetchArgs),
@@ -346,6 +347,90 @@ pub(crate) struct ExpireArgs {
     /// Only show (this is the default)
     #[arg(long)]
     pub(crate) dry_run: bool,
+}
+
+/// Let the database tell, in its WAL, who deletes, empties and drops
+///
+/// Triggers and event triggers that write role, session user, client, application, statement and row count into the WAL, in
+/// the same transaction. So it is known even of the fastest statement who did it, and it is kept where nobody in the
+/// database can remove it. Optional: walguard works without it, and then knows what it sees in pg_stat_activity.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  # look at it, then let a superuser run it
+  walguard guard sql --config walguard.toml
+  walguard guard sql --tables 'public.*' --protect | psql -h db1 -U postgres shop
+
+  # or let walguard run it, as a superuser
+  walguard guard install --config walguard.toml --pg postgres://postgres@db1/shop
+  walguard guard status --config walguard.toml --database shop")]
+pub(crate) struct GuardArgs {
+    #[command(subcommand)]
+    pub(crate) verb: GuardVerb,
+}
+
+/// What to do with the guard.
+#[derive(Debug, Subcommand)]
+pub(crate) enum GuardVerb {
+    /// Print the SQL that installs it, or with --uninstall the SQL that removes it; connects to nothing
+    Sql(GuardSqlArgs),
+    /// Install it, or bring what is there up to date; needs a superuser, or the tables' owner and --no-definitions
+    Install(GuardInstallArgs),
+    /// Remove it
+    Uninstall(GuardUninstallArgs),
+    /// Compare what is there with what should be; exits with 3 if they differ
+    Status(GuardInstallArgs),
+}
+
+/// Flags of `guard sql`.
+#[derive(Debug, Args)]
+pub(crate) struct GuardSqlArgs {
+    #[command(flatten)]
+    pub(crate) choice: GuardChoice,
+    /// Print the SQL that removes it
+    #[arg(long)]
+    pub(crate) uninstall: bool,
+}
+
+/// Flags of `guard install` and `guard status`.
+#[derive(Debug, Args)]
+pub(crate) struct GuardInstallArgs {
+    #[command(flatten)]
+    pub(crate) choice: GuardChoice,
+    /// The database; by default that of the connection string
+    #[arg(long, value_name = "NAME")]
+    pub(crate) database: Option<String>,
+}
+
+/// Flags of `guard uninstall`.
+#[derive(Debug, Args)]
+pub(crate) struct GuardUninstallArgs {
+    /// The database; by default that of the connection string
+    #[arg(long, value_name = "NAME")]
+    pub(crate) database: Option<String>,
+}
+
+/// What the guard is to be, over what `[guard]` of the settings says.
+#[derive(Debug, Args)]
+pub(crate) struct GuardChoice {
+    /// Tables to watch, as a pattern over schema.table; may be repeated
+    #[arg(long, value_name = "PATTERN")]
+    pub(crate) tables: Vec<String>,
+    /// Tables not to watch though they match; may be repeated
+    #[arg(long, value_name = "PATTERN")]
+    pub(crate) exclude: Vec<String>,
+    /// Tell of UPDATE too
+    #[arg(long)]
+    pub(crate) updates: bool,
+    /// Refuse TRUNCATE, DROP TABLE and a DELETE of all rows unless the session says why: SET walguard.reason = '...'
+    #[arg(long)]
+    pub(crate) protect: bool,
+    /// Do not count rows, which keeps the deleted rows of a statement until its end
+    #[arg(long)]
+    pub(crate) no_row_counts: bool,
+    /// No event triggers, which only a superuser can make
+    #[arg(long)]
+    pub(crate) no_definitions: bool,
 }
 
 /// Look into archived WAL

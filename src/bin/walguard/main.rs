@@ -7,6 +7,7 @@ mod completions;
 mod context;
 mod demo;
 mod expire;
+mod guard;
 mod init;
 mod list;
 mod logging;
@@ -116,6 +117,7 @@ async fn run(cli: Cli) -> anyhow::Result<Outcome> {
         Verb::Restore(args) => restore::run(context, args).await,
         Verb::Verify(args) => verify::run(context, args).await,
         Verb::Expire(args) => expire::run(context, args).await,
+        Verb::Guard(args) => guard::run(context, args).await,
         Verb::Wal(args) => Box::pin(wal::run(context, args)).await,
         Verb::WalPush(args) => wal_push::run(context, args).await,
         Verb::WalFetch(args) => wal_fetch::run(context, &cli.global, args).await,

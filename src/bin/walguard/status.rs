@@ -182,6 +182,25 @@ fn text(status: &Status, live: bool, context: &Context) -> String {
     };
     line("lag", lag);
     if live {
+        if status.who.watching {
+            let hidden = if status.who.sees_all { "" } else { "; without pg_monitor it does not see what they do" };
+            line("sessions", format!("watched, {} transactions open{hidden}", status.who.open_transactions));
+        }
+        for database in &status.protection.databases {
+            let parts = [("triggers", database.triggers), ("event triggers", database.event_triggers)];
+            let mut parts: Vec<_> = parts
+                .into_iter()
+                .filter(|(_, count)| count.there > 0)
+                .map(|(what, count)| format!("{what} really in force: {} of {}", count.in_force, count.there))
+                .collect();
+            if let Some(guard) = database.guard {
+                let whole = format!("guard: {} of {}", guard.in_force, guard.there);
+                parts.push(if guard.in_force == guard.there { whole } else { render::red(&whole) });
+            }
+            if !parts.is_empty() {
+                line("protection", format!("{}: {}", database.database, parts.join(", ")));
+            }
+        }
         let full = if status.spool.full { render::red(" FULL") } else { String::new() };
         let (used, most) = (render::bytes(status.spool.bytes), render::bytes(status.spool.size_max));
         line("spool", format!("{used} of {most}{full}"));
