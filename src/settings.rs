@@ -12,6 +12,7 @@ use jiff::tz::TimeZone;
 
 use crate::capture;
 use crate::capture::spool;
+use crate::detect;
 use crate::guard;
 use crate::repo;
 use crate::repo::archiver;
@@ -37,6 +38,8 @@ pub struct Settings {
     pub backup: backup::Config,
     /// How long backups and WAL are kept.
     pub retention: retention::Keep,
+    /// What is damage.
+    pub detect: detect::Config,
     /// How the agent finds out who is at work.
     pub who: guard::Config,
     /// What `walguard guard install` puts into a database.
@@ -90,6 +93,7 @@ impl Settings {
         settings.time.zone()?;
         settings.archive.check()?;
         settings.backup.check()?;
+        settings.detect.check()?;
         settings.who.check()?;
         settings.guard.check()?;
         settings.protection.check()?;
@@ -216,6 +220,7 @@ mod tests {
             ("[archive]\ncompression_level = 20", "archive.compression_level"),
             ("[archive]\nuploads_max = 0", "archive.uploads_max"),
             ("[archive]\ntail_interval = \"0s\"", "archive.tail_interval"),
+            ("[detect]\nrows_deleted_percent_min = 0", "detect.rows_deleted_percent_min"),
             ("[backup]\npart_size = \"1 KiB\"", "backup.part_size"),
             ("[who]\ninterval = \"1ms\"", "who.interval"),
             ("[guard]\ntables = [\"\"]", "guard.tables"),
@@ -289,6 +294,7 @@ mod tests {
             "[spool]",
             "[archive]",
             "[backup]",
+            "[detect]",
             "[who]",
             "[guard]",
             "[protection]",
@@ -306,6 +312,7 @@ mod tests {
                 let end = if table.is_empty() { 0 } else { part.find("\n[").unwrap_or(part.len()) };
                 let found = match table {
                     "" => explained.contains(&format!("[{name}]")) || explained.contains(&format!("\n{name} = ")),
+                    "[detect]" if name == "adjust" => explained.contains("[[detect.adjust]]"),
                     "[repository]" if name == "s3" => explained.contains("[repository.s3]"),
                     _ => part[..end].contains(&format!("\n{name} = ")),
                 };

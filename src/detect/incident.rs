@@ -184,6 +184,9 @@ pub struct Finding {
     pub lsn: Option<Lsn>,
     /// When it was noticed, by the agent's clock.
     pub at: Timestamp,
+    /// Nobody wanted to hear of it.
+    #[serde(default)]
+    pub silenced: bool,
 }
 
 /// A transaction of an incident.

@@ -3,22 +3,35 @@
 
 #![deny(clippy::indexing_slicing, clippy::unwrap_used)]
 
+pub mod baseline;
+mod damage;
 pub mod ddl;
 pub mod definitions;
+pub mod detector;
 pub mod incident;
+mod judge;
+pub mod live_rows;
 pub mod names;
 pub mod observer;
+pub mod pattern;
 pub mod relations;
 pub mod rule;
+#[cfg(test)]
+mod scenarios;
+pub mod silence;
+#[cfg(test)]
+mod testing;
 pub mod transaction;
 pub mod who;
+pub mod window;
 
 pub use ddl::{DdlEvent, DdlKind};
 pub use definitions::Definitions;
+pub use detector::Detector;
 pub use incident::{Incident, Severity, State};
 pub use names::{Names, NamesLimits, NamesSnapshot};
 pub use observer::Observer;
 pub use relations::{Persistence, Relation, RelationKind};
-pub use rule::RuleName;
+pub use rule::{Config, RuleName};
 pub use transaction::{Limits, OpenTransaction, Owner, Owners, Tally, Transaction, Transactions};
 pub use who::{Actor, Who, WhoSource};
