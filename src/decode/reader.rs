@@ -34,8 +34,8 @@ const PARTIAL_CAPACITY_MAX: usize = 1 << 20;
 /// means "more bytes, please". How the bytes are sliced makes no difference to the records. The buffer holds what was
 /// pushed and not yet read: whoever drains the records before the next push bounds it by the size of a push.
 ///
-/// Each record's checksum is proved, and that it names the record before it. After an error the reader stays at it;
-/// make a new one to go on behind the damage.
+/// Each record's checksum is proved, and that it names the record before it. After an error the reader stays at it until
+/// it is told to go on behind the damage ([`Reader::skip_page`]).
 ///
 /// (Postgres: `access/transam/xlogreader.c`.)
 #[derive(Debug)]
@@ -75,6 +75,8 @@ enum State {
     SkipSegment,
     /// Here it ends.
     Failed(DecodeError),
+    /// On a page of which the rest is given up.
+    SkipPage,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -132,6 +134,11 @@ impl Reader {
             broken: None,
             checksum: checksum::fastest(),
         }
+    }
+
+    /// What it reads.
+    pub const fn source(&self) -> Source {
+        self.source
     }
 
     /// Adds the bytes that follow those pushed before.
@@ -239,6 +246,28 @@ impl Reader {
         Some(Found { lsn, end, header, body })
     }
 
+    /// After an error: gives up what is left of the page, and goes on with the first record that begins on a later one.
+    /// Without an error nothing is given up.
+    pub fn skip_page(&mut self) {
+        let State::Failed(error) = self.state else { return };
+        if self.is_at_page() && error.at() == self.at && !self.unread().is_empty() {
+            self.consume(1); // the page itself is damaged: none of it is read
+        }
+        self.partial.clear();
+        (self.previous, self.broken) = (None, None);
+        self.state = if self.is_at_page() { State::Resync } else { State::SkipPage };
+    }
+
+    fn skip_rest_of_page(&mut self) -> Step {
+        let skipped = self.room_on_page().min(self.unread().len());
+        self.consume(skipped);
+        if !self.is_at_page() || skipped == 0 {
+            return Step::NeedBytes;
+        }
+        self.state = State::Resync;
+        Step::Again
+    }
+
     fn unread(&self) -> &[u8] {
         self.buffer.get(self.consumed..self.filled).unwrap_or_default()
     }
@@ -266,6 +295,7 @@ impl Reader {
                 State::SkipRecord { remaining } => self.skip_record(remaining)?,
                 State::SkipSegment => self.skip_segment(),
                 State::Failed(error) => return Err(error),
+                State::SkipPage => self.skip_rest_of_page(),
             };
             match step {
                 Step::Found(found) => return Ok(Some(found)),
@@ -521,6 +551,37 @@ mod tests {
             });
         }
         (wal, written)
+    }
+
+    #[test]
+    fn after_damage_reading_goes_on_with_the_next_page() {
+        let (wal, written) = write(&vec![Write::Record { length: 300 }; 200]);
+        for (damaged, slice) in [(9_000, 1_000), (9_000, 100_000), (8_192, 1_000), (24_576 + 1, 7)] {
+            let mut bytes = wal.bytes().to_vec();
+            bytes[damaged] ^= 0x55;
+            let mut reader = Reader::at_page(wal.source, written[0].lsn);
+            let (mut found, mut errors) = (Vec::new(), 0);
+            for piece in bytes.chunks(slice) {
+                reader.push(piece);
+                loop {
+                    match reader.next_record() {
+                        Ok(None) => break,
+                        Ok(Some(record)) => found.push(record.lsn),
+                        Err(_) => {
+                            errors += 1;
+                            reader.skip_page();
+                        }
+                    }
+                }
+            }
+            let hit = Lsn::new(3 << 20) + damaged as u64;
+            let page = hit.align_down(BLOCK_SIZE as u64);
+            let whole = written.iter().filter(|record| {
+                record.end <= page || record.lsn >= page + BLOCK_SIZE as u64 // on other pages altogether
+            });
+            let missing: Vec<Lsn> = whole.map(|record| record.lsn).filter(|lsn| !found.contains(lsn)).collect();
+            assert!(errors >= 1 && missing.is_empty(), "damage at {damaged}: {errors} errors, {missing:?}");
+        }
     }
 
     proptest! {

@@ -1,4 +1,4 @@
-//! Changes of catalogs -> what a transaction did to definitions.
+//! Changes of catalogs -> what a transaction did to definitions, and what its guard says of it.
 //!
 //! A statement leaves many rows behind: to drop a table deletes rows of a dozen catalogs, to rewrite one makes another table
 //! and drops it. Each row alone says little; at the end of the transaction what is implied by something larger is left out.
@@ -25,6 +25,18 @@ const EVENTS_MAX: usize = 50_000;
 pub struct Definitions {
     open: HashMap<u32, Work>,
     events: usize,
+    message_bytes: usize,
+}
+
+/// What a transaction did that has ended.
+#[derive(Debug, Default)]
+pub struct Done {
+    /// In WAL order.
+    pub events: Vec<DdlEvent>,
+    /// Events that found no room.
+    pub left_out: u64,
+    /// Messages for walguard.
+    pub messages: Vec<Arc<[u8]>>,
 }
 
 /// What one transaction or subtransaction did.
@@ -36,7 +48,18 @@ struct Work {
     /// Triggers that it made, or made anew: of which table, and called what.
     triggers: HashSet<(Oid, Oid, String)>,
     left_out: u64,
+    messages: Vec<Arc<[u8]>>,
 }
+
+/// Messages with this prefix (`pg_logical_emit_message`) are for walguard, if they are part of a transaction.
+pub const MESSAGE_PREFIX: &[u8] = b"walguard";
+
+/// Bytes of messages of all open transactions together, and of one message: the guard cuts its own far below that.
+const MESSAGES_BYTES_MAX: usize = 4 << 20;
+const MESSAGE_BYTES_MAX: usize = 64 << 10;
+
+/// Messages of one transaction: the guard writes one a statement, and the first ones say who it is.
+const MESSAGES_EACH_MAX: usize = 64;
 
 /// The schema of TOAST tables and their indexes, which go where their tables go.
 const TOAST_SCHEMA: Oid = Oid(99);
@@ -69,6 +92,22 @@ impl Definitions {
         work.events.push(DdlEvent { kind, lsn, database, relation, object });
     }
 
+    /// Takes a message for walguard.
+    pub fn see_message(&mut self, xid: Xid, content: &[u8]) {
+        let room = MESSAGES_BYTES_MAX - self.message_bytes;
+        let work = self.open.entry(xid.get()).or_default();
+        if content.len() > MESSAGE_BYTES_MAX.min(room) || work.messages.len() >= MESSAGES_EACH_MAX {
+            return;
+        }
+        self.message_bytes += content.len();
+        work.messages.push(content.into());
+    }
+
+    /// Messages for walguard of an open transaction or subtransaction.
+    pub fn messages(&self, xid: Xid) -> &[Arc<[u8]>] {
+        self.open.get(&xid.get()).map_or(&[], |work| &work.messages)
+    }
+
     /// What an open transaction or subtransaction did so far, in WAL order; of what is implied by something larger too.
     pub fn open(&self, xid: Xid) -> &[DdlEvent] {
         self.open.get(&xid.get()).map_or(&[], |work| &work.events)
@@ -80,10 +119,10 @@ impl Definitions {
         done.filter_map(|(xid, work)| Some((Xid::new(*xid)?, work.events.as_slice())))
     }
 
-    /// A transaction ends. Gives what it did, of an abort what it tried, and how much more there was.
-    pub fn end(&mut self, end: &TransactionEnd<'_>) -> (Vec<DdlEvent>, u64) {
+    /// A transaction ends. Gives what it did, of an abort what it tried.
+    pub fn end(&mut self, end: &TransactionEnd<'_>) -> Done {
         if self.open.is_empty() {
-            return (Vec::new(), 0);
+            return Done::default();
         }
         let mut all = Work::default();
         for xid in end.xid.into_iter().chain(end.subxacts()) {
@@ -92,10 +131,11 @@ impl Definitions {
                 all.made.extend(work.made);
                 all.triggers.extend(work.triggers);
                 all.left_out += work.left_out;
+                all.messages.extend(work.messages);
             }
         }
         all.events.sort_by_key(|event| event.lsn);
-        (all.summary(), all.left_out)
+        Done { events: all.summary(), left_out: all.left_out, messages: all.messages }
     }
 
     /// The transactions that are open: others never end.
@@ -114,6 +154,7 @@ impl Definitions {
     fn remove(&mut self, xid: Xid) -> Option<Work> {
         let work = self.open.remove(&xid.get())?;
         self.events -= work.events.len();
+        self.message_bytes -= work.messages.iter().map(|message| message.len()).sum::<usize>();
         Some(work)
     }
 }

@@ -43,9 +43,9 @@ pub struct NamesLimits {
 }
 
 impl Default for NamesLimits {
-    /// Each row takes 150 to 300 bytes: 60 MiB at most.
+    /// Each row takes 150 to 300 bytes: 30 MiB at most, and as much again while a snapshot is made.
     fn default() -> Self {
-        Self { rows: 200_000, columns: 60_000 }
+        Self { rows: 100_000, columns: 30_000 }
     }
 }
 

@@ -1,10 +1,10 @@
 //! Records in, finished transactions out: with their rows by relation, and with what they did to definitions.
 
-use super::definitions::Definitions;
+use super::definitions::{Definitions, MESSAGE_PREFIX};
 use super::names::Names;
-use super::{Limits, Transaction, Transactions};
+use super::{Limits, NamesLimits, Transaction, Transactions};
 use crate::decode::change::Action;
-use crate::decode::{Change, DecodeError, Record, RmgrId};
+use crate::decode::{Change, DecodeError, Record, RmgrId, WalMajor};
 
 /// Follows the WAL, record by record.
 #[derive(Debug)]
@@ -22,6 +22,11 @@ impl Observer {
     pub fn new(names: Names, limits: Limits, is_from_start: bool) -> Self {
         let transactions = Transactions::new(limits, is_from_start);
         Self { transactions, definitions: Definitions::new(), names, fault: None }
+    }
+
+    /// Begins without any names: files stay without, but for those whose names the WAL tells.
+    pub fn without_names(major: WalMajor, is_from_start: bool) -> Self {
+        Self::new(Names::new(major, NamesLimits::default()), Limits::default(), is_from_start)
     }
 
     /// Takes the next record and what it means; gives the transaction that ends with it.
@@ -65,12 +70,18 @@ impl Observer {
         let mut ended = self.transactions.see(change, &self.names);
         match &change.action {
             Action::Ended(end) => {
-                let (events, left_out) = self.definitions.end(end);
+                let done = self.definitions.end(end);
                 if let Some(transaction) = &mut ended {
-                    transaction.ddl = events;
-                    transaction.is_complete &= left_out == 0;
+                    transaction.ddl = done.events;
+                    transaction.messages = done.messages;
+                    transaction.is_complete &= done.left_out == 0;
                 }
                 self.names.see_end(end);
+            }
+            Action::Message(message) if message.transactional && message.prefix == MESSAGE_PREFIX => {
+                if let Some(xid) = change.xid {
+                    self.definitions.see_message(xid, message.content);
+                }
             }
             Action::FileCreated { file, fork } => self.names.see_file(*file, *fork, change.xid),
             Action::Locked(locks) => self.names.see_locks(*locks),
@@ -104,6 +115,11 @@ impl Observer {
     /// The same, to be told what SQL says.
     pub const fn names_mut(&mut self) -> &mut Names {
         &mut self.names
+    }
+
+    /// The names, to go on elsewhere.
+    pub fn into_names(self) -> Names {
+        self.names
     }
 
     /// The open transactions.

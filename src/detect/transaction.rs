@@ -47,6 +47,8 @@ pub struct Transaction {
     pub more: RowCounts,
     /// What it did to definitions, in WAL order.
     pub ddl: Vec<DdlEvent>,
+    /// Messages for walguard that it wrote ([`MESSAGE_PREFIX`](super::definitions::MESSAGE_PREFIX)), in no order.
+    pub messages: Vec<Arc<[u8]>>,
     /// False if its beginning was not seen, or if there was no room for it: the counts are at least these.
     pub is_complete: bool,
 }
@@ -346,6 +348,7 @@ impl Transactions {
             tallies: Vec::new(),
             more: RowCounts::default(),
             ddl: Vec::new(),
+            messages: Vec::new(),
             // Whoever wrote nothing before its end did nothing that is missing, if we could have seen it.
             is_complete: !self.overflowed
                 && end.xid.is_none_or(|xid| {

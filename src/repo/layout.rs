@@ -8,6 +8,7 @@
 //!   wal/00000002.history                             timeline history, verbatim
 //!   index/00000001/000000010000001600000037          what that segment holds
 //!   merged/00000001/00256/000000010000001600000000   what the 256 segments from that one on hold, in short
+//!   names/00000001/000000010000001600000037          what relations are called where that segment begins
 //!   base/<label>/base.tar.zst.00001                  a part of the data directory's tar
 //!   base/<label>/<tablespace oid>.tar.zst.00001      a part of a tablespace's tar
 //!   base/<label>/backup_manifest.zst                 Postgres's own manifest, verbatim
@@ -93,6 +94,8 @@ pub enum Object {
     Index(SegmentName),
     /// What the indexes of a group of segments say, in short.
     Merged(Group),
+    /// What relations are called where a segment begins.
+    Names(SegmentName),
     /// A part of one archive of a base backup.
     Part {
         /// The backup.
@@ -231,6 +234,16 @@ impl Layout {
         key
     }
 
+    /// What relations are called where a segment begins.
+    pub fn names(&self, segment: &SegmentName) -> String {
+        format!("{}{segment}", self.names_folder(segment.timeline))
+    }
+
+    /// The folder of a timeline's names.
+    pub fn names_folder(&self, timeline: TimelineId) -> String {
+        format!("{}/names/{}/", self.cluster, timeline.hex())
+    }
+
     /// The folder of all base backups, `main/base/`.
     pub fn backups_folder(&self) -> String {
         format!("{}/base/", self.cluster)
@@ -326,6 +339,7 @@ impl Layout {
                 let group = Group::of(&first, level);
                 (group.first() == first).then_some(Object::Merged(group))?
             }
+            ["names", timeline, file] => Object::Names(parse_segment(timeline, file, size)?),
             ["base", label, "manifest"] => Object::Manifest { label: label.to_owned() },
             ["base", label, "backup_manifest.zst"] => Object::PostgresManifest { label: label.to_owned() },
             ["base", label, file] => {
@@ -486,6 +500,7 @@ mod tests {
             Object::History(timeline) => layout.history(*timeline),
             Object::Index(segment) => layout.index(segment),
             Object::Merged(group) => layout.merged(group),
+            Object::Names(segment) => layout.names(segment),
             Object::Part { label, archive, number } => layout.part(label, *archive, *number),
             Object::PostgresManifest { label } => layout.postgres_manifest(label),
             Object::Manifest { label } => layout.manifest(label),

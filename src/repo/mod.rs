@@ -31,6 +31,7 @@ pub mod index;
 mod inventory;
 pub mod layout;
 pub mod lease;
+pub mod names;
 mod newest;
 pub mod put;
 pub mod retention;

@@ -485,6 +485,7 @@ mod tests {
     use super::*;
     use crate::decode::testing::{WalWriter, Written, main_data, source};
     use crate::decode::{RmgrId, WalMajor};
+    use crate::detect::Observer;
     use crate::pg::{ServerVersion, SystemId, Xid};
     use crate::progress::Silent;
     use crate::proto;
@@ -636,12 +637,13 @@ mod tests {
         /// Puts the indexes of those whole segments that `wanted` names by their place, 0 being the first.
         async fn index(&self, wanted: impl Fn(usize) -> bool) {
             let first = SegmentName::at(TimelineId::FIRST, self.start, self.wal.source.segment_size);
-            let mut indexer = Indexer::new(self.wal.source, &first, true);
+            let mut indexer =
+                Indexer::new(self.wal.source, &first, Observer::without_names(self.wal.source.major, true));
             for (place, bytes) in (0_u64..).zip(self.wal.bytes().chunks_exact(1 << 20)) {
                 let name = SegmentName::at(TimelineId::FIRST, self.start + (place << 20), first.size);
                 for (name, index) in indexer.take(name, bytes).unwrap() {
                     if wanted((name.number.get() - first.number.get()) as usize) {
-                        self.repo.put_index(&name, &index).await.unwrap();
+                        self.repo.put_index(&name, &index.unwrap()).await.unwrap();
                     }
                 }
             }

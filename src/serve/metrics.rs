@@ -29,6 +29,7 @@ pub fn render(status: &Status) -> Result<String, fmt::Error> {
         ("received", "WAL received up to here", status.received),
         ("spooled", "WAL synced in the spool up to here", status.spooled),
         ("archived", "WAL durable in the repository up to here", status.archived),
+        ("scanned", "WAL understood up to here", status.scan.position),
     ];
     for (name, help, position) in positions {
         if let Some(position) = position {
@@ -55,6 +56,10 @@ pub fn render(status: &Status) -> Result<String, fmt::Error> {
     metrics.count("content_stored_bytes", "WAL in them", status.store.content_bytes_total);
     metrics.count("stored_bytes", "The same, compressed", status.store.stored_bytes_total);
     metrics.count("store_failures", "Calls to the repository that failed", status.store.failures_total);
+    metrics.number("open_transactions", "Transactions that are open", status.scan.open_transactions as f64);
+    metrics.count("decode_faults", "Records or pages that were not understood", status.scan.faults_total);
+    metrics.count("derived_objects", "Indexes and snapshots of names written", status.scan.derived_total);
+    metrics.count("unindexed_segments", "Segments that got no index", status.scan.unindexed_total);
     if let Some(last) = &status.backups.last {
         metrics.time("backup_last_timestamp", "When the newest base backup ended", last.at);
         metrics.bytes("backup_last_stored", "Size of the newest base backup in the repository", last.stored_bytes);
@@ -160,7 +165,7 @@ mod tests {
             };
             names.push(format!("walguard_{name}{unit}"));
         }
-        for position in ["flushed", "received", "spooled", "archived"] {
+        for position in ["flushed", "received", "spooled", "archived", "scanned"] {
             names.push(format!("walguard_{position}_position_bytes"));
         }
         names.sort();

@@ -47,6 +47,8 @@ pub struct Status {
     pub spool: SpoolStatus,
     /// The repository's store.
     pub store: StoreStatus,
+    /// How far the WAL is understood.
+    pub scan: ScanStatus,
     /// Base backups.
     pub backups: Backups,
     /// Who is at work in the server.
@@ -180,6 +182,24 @@ pub struct InForce {
     pub in_force: u64,
     /// That are there, or should be.
     pub there: u64,
+}
+
+/// How far the WAL is understood.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
+pub struct ScanStatus {
+    /// Everything before this was decoded.
+    pub position: Option<Position>,
+    /// Transactions and subtransactions that are open there.
+    pub open_transactions: u64,
+    /// Records or pages that could not be understood since the agent was started.
+    pub faults_total: u64,
+    /// Indexes and snapshots of names written since the agent was started.
+    pub derived_total: u64,
+    /// Segments that got no index since the agent was started.
+    pub unindexed_total: u64,
+    /// There are more relations than are kept names of.
+    pub names_overflowed: bool,
 }
 
 /// Base backups.

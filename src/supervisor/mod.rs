@@ -3,6 +3,8 @@
 //! ```text
 //! capture   server -> spool         publishes what is spooled; tells the server what is durable
 //! archive   spool -> repository     publishes what is archived
+//! scan      spool -> understanding  what transactions did to which table; indexes
+//! derived   indexes -> repository   beside the WAL, once that is archived
 //! backups   server -> repository    when there is none, when WAL was lost, on schedule
 //! lease     one agent per cluster   renews; a lease that is lost ends the agent
 //! protection SQL                    what protects tables, and what is gone of it
@@ -34,12 +36,14 @@
 mod archive;
 mod backups;
 mod capture;
+mod derived;
 mod lease;
 mod loops;
 pub mod names;
 mod path;
 mod patience;
 mod protection;
+mod scan;
 mod schedule;
 mod sessions;
 mod source;
@@ -54,8 +58,10 @@ use tokio_util::sync::CancellationToken;
 use crate::backoff::{Chain, RetryPolicy};
 use crate::capture::ConnInfo;
 use crate::capture::spool::Spool;
+use crate::decode;
+use crate::decode::WalMajor;
 use crate::guard;
-use crate::pg::Lsn;
+use crate::pg::{Lsn, TimelineHistory};
 use crate::repo::Created;
 use crate::repo::Repository;
 use crate::repo::archiver::{self, Archiver, Channels, Report};
@@ -66,6 +72,12 @@ use crate::serve::status::{Board, Status, Trouble};
 use crate::settings::Settings;
 use loops::Loops;
 use source::{Source, SourceError};
+
+/// Indexes that wait for their segments to be archived, at most: those of a gigabyte of WAL, some hundred KiB each at worst.
+const DERIVED_MAX: usize = 64;
+
+/// Findings in the WAL that wait to be looked at.
+const OBSERVED_MAX: usize = 1024;
 
 /// What an agent works with.
 #[derive(Debug)]
@@ -89,6 +101,8 @@ struct Beginning {
     start: archiver::start::Start,
     spool: Spool,
     source: Source,
+    /// The server's history.
+    path: TimelineHistory,
     claim: Claim,
     lease: Lease,
 }
@@ -120,7 +134,7 @@ impl Agent {
         let window = board.clone();
         loops.start("http", |stop| async move { Ok(http::serve(listener, window, stop).await?) });
         let Some(begun) = stop.run_until_cancelled(self.begin(&board)).await else { return Ok(()) };
-        let Beginning { identity, start, spool, source, claim, lease } = begun?;
+        let Beginning { identity, start, spool, source, path, claim, lease } = begun?;
 
         let archived = tokio::sync::watch::Sender::new(start.archived);
         let report = tokio::sync::watch::Sender::new(Report::default());
@@ -130,7 +144,7 @@ impl Agent {
 
         let streaming = capture::Capture {
             source,
-            identity,
+            identity: identity.clone(),
             have: spool.spooled().position().max(start.archived),
             spool: spool.clone(),
             board: board.clone(),
@@ -148,10 +162,48 @@ impl Agent {
         });
 
         let told = (archived.subscribe(), report.subscribe());
+        let (archived_for_scan, archived_for_derived) = (archived.subscribe(), archived.subscribe());
         let channels = Channels { archived, report, synchronous: synchronous.subscribe() };
         let archiver = Archiver::new(&self.repo, &spool, &settings.archive, start, channels);
         let tell = board.clone();
         loops.start("archive", |stop| archive::run(archiver, told.0, told.1, tell, stop, spool_closed));
+
+        if let Some(major) = WalMajor::of_server(identity.server_version) {
+            let (derived, derive) = tokio::sync::mpsc::channel(DERIVED_MAX);
+            let (observed, mut observe) = tokio::sync::mpsc::channel(OBSERVED_MAX);
+            let scan = scan::Scan {
+                repo: self.repo.clone(),
+                spool: spool.clone(),
+                source: decode::Source {
+                    major,
+                    segment_size: identity.segment_size,
+                    system_id: Some(identity.system_id),
+                },
+                conninfo: self
+                    .conninfo
+                    .clone()
+                    .with_application_name(&format!("{}-names", self.conninfo.application_name())),
+                board: board.clone(),
+                path,
+                archived: archived_for_scan,
+                derived,
+                observed,
+            };
+            loops.start("scan", |stop| scan.run(stop));
+            let deriving = derived::Derive {
+                repo: self.repo.clone(),
+                major,
+                board: board.clone(),
+                archived: archived_for_derived,
+                derived: derive,
+            };
+            loops.start("derived", |stop| deriving.run(stop));
+            loops.start("observe", |stop| async move {
+                while stop.run_until_cancelled(observe.recv()).await.flatten().is_some() {}
+                stop.cancelled().await;
+                Ok(())
+            });
+        }
 
         let watching = watch::Watch {
             conninfo: self.beside("watch"),
@@ -287,6 +339,6 @@ impl Agent {
             s.archived = start.archived;
             s.spool.bytes = spool.spooled().bytes;
         });
-        Ok(Beginning { identity, start, spool, source, claim, lease })
+        Ok(Beginning { identity, start, spool, source, path, claim, lease })
     }
 }

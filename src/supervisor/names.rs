@@ -9,7 +9,7 @@ use crate::detect::names::{CatalogFile, Seed, SeedRow};
 use crate::pg::{Oid, RelFile};
 
 /// Columns of users' tables that are read of one database: what is beyond finds no room anyway.
-const COLUMNS_MAX: i64 = 60_000;
+const COLUMNS_MAX: i64 = 30_000;
 
 /// A database that was asked, or could not be.
 #[derive(Debug)]

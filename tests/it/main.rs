@@ -31,6 +31,7 @@ mod restore_places;
 mod restore_plans;
 mod restore_targets;
 mod restore_timeline;
+mod scan;
 mod store_conformance;
 mod store_object_lock;
 mod sync_commit;

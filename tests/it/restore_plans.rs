@@ -7,6 +7,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 use walguard::decode::{Source, WalMajor};
+use walguard::detect::Observer;
 use walguard::pg::{Lsn, PgTime, SegmentName, TimelineId};
 use walguard::progress::Silent;
 use walguard::repo::Repository;
@@ -33,11 +34,11 @@ pub(crate) async fn index_all(repo: &Repository) {
     let source = Source { major, segment_size: size, system_id: Some(identity.system_id) };
     let range = catalog.timelines[&TimelineId::FIRST].ranges.as_slice()[0];
     let mut name = SegmentName::at(TimelineId::FIRST, range.from, size);
-    let mut indexer = Indexer::new(source, &name, false);
+    let mut indexer = Indexer::new(source, &name, Observer::without_names(source.major, false));
     while name.end() <= range.to {
         let read = repo.read_segment(&name).await.unwrap();
         for (name, index) in indexer.take(name, &read.bytes).unwrap() {
-            repo.put_index(&name, &index).await.unwrap();
+            repo.put_index(&name, &index.unwrap()).await.unwrap();
         }
         name = SegmentName::at(TimelineId::FIRST, name.end(), size);
     }

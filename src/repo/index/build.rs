@@ -1,4 +1,4 @@
-//! Segments in, indexes out. Pure.
+//! WAL in, segment by segment; finished transactions and indexes out. Pure.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -9,8 +9,8 @@ use super::format::{
 use crate::decode::change::{Action, RowCounts};
 use crate::decode::rmgr::xlog::XlogRecord;
 use crate::decode::{Change, DecodeError, Reader, Record, Source};
-use crate::detect::{Limits, Owner, Owners, Relation, Transaction, Transactions};
-use crate::pg::{Lsn, PgTime, RelFile, SegmentName, Xid};
+use crate::detect::{NamesSnapshot, Observer, Relation, Transaction};
+use crate::pg::{Lsn, PgTime, RelFile, SegmentName};
 
 /// Tallies of one index. A segment of 16 MiB spans a minute or less on a busy server; this is for a thousand files in
 /// each of many minutes.
@@ -25,39 +25,51 @@ const EVENTS_MAX: usize = 65_536;
 /// Microseconds of a minute.
 const MINUTE: i64 = 60_000_000;
 
-/// Makes the indexes of segments that it is given one after the other.
+/// What an [`Indexer`] found.
+#[derive(Debug)]
+pub enum Seen {
+    /// A transaction ended.
+    Ended(Box<Transaction>),
+    /// All records that begin in a segment were seen: its index is done. `None` if it holds more than an index may.
+    Segment(SegmentName, Option<Box<SegmentIndex>>),
+    /// What relations are called as of the first record that begins in this segment; now and then.
+    Names(SegmentName, Box<NamesSnapshot>),
+}
+
+/// A segment and its index; `None` if it holds more than an index may.
+pub type Indexed = (SegmentName, Option<Box<SegmentIndex>>);
+
+/// Names are told once in so many bytes of WAL: whoever begins with them has a second or two of WAL to read.
+const NAMES_EVERY_BYTES: u64 = 1 << 30;
+
+/// Follows the WAL segment by segment, and makes the index of each.
 ///
-/// What a segment's index holds is the records that *begin* in it; so the index of a segment whose last record crosses
-/// into the next is there only when that one was given, too.
+/// Say which segment begins ([`Indexer::begin`]), give its bytes in any slices ([`Indexer::push`]), and take what was found
+/// ([`Indexer::next_seen`]) until there is no more. What a segment's index holds is the records that *begin* in it; so the index
+/// of a segment whose last record crosses into the next is there only when that one was given, too.
 #[derive(Debug)]
 pub struct Indexer {
     reader: Reader,
-    transactions: Transactions,
-    /// The segments that were given and whose index is not done, the one in work first.
+    observer: Observer,
+    /// The segments that were begun and whose index is not done, the one in work first.
     waiting: VecDeque<SegmentName>,
     builder: Builder,
-    done: Vec<(SegmentName, SegmentIndex)>,
-}
-
-/// Rows of catalogs are left out by the numbers of their files, until names tell more.
-struct Unnamed;
-
-impl Owners for Unnamed {
-    fn owner(&self, _file: RelFile, _by: Option<Xid>) -> Owner {
-        Owner::Unknown
-    }
+    /// What is to be told before the next record is read.
+    done: VecDeque<Seen>,
+    /// The segment whose index is in work was not seen from its beginning, or has damaged WAL: it gets none.
+    spoilt: bool,
 }
 
 impl Indexer {
-    /// Begins with the first record that begins in `first`. `is_from_start` promises that no transaction that matters was
-    /// open there.
-    pub fn new(source: Source, first: &SegmentName, is_from_start: bool) -> Self {
+    /// Begins with the first record that begins in `first`. What `observer` knows already is as of that record.
+    pub fn new(source: Source, first: &SegmentName, observer: Observer) -> Self {
         Self {
             reader: Reader::at_page(source, first.start()),
-            transactions: Transactions::new(Limits::default(), is_from_start),
+            observer,
             waiting: VecDeque::new(),
             builder: Builder::default(),
-            done: Vec::new(),
+            done: VecDeque::new(),
+            spoilt: false,
         }
     }
 
@@ -68,39 +80,131 @@ impl Indexer {
             && self.waiting.back().is_none_or(|before| before.timeline <= name.timeline)
     }
 
+    /// Where the next pushed byte belongs.
+    pub fn pushed_to(&self) -> Lsn {
+        self.reader.pushed_to()
+    }
+
+    /// The bytes to come are those of this segment, the next one.
+    pub fn begin(&mut self, name: SegmentName) {
+        debug_assert!(self.is_next(&name), "{name} does not follow");
+        self.waiting.push_back(name);
+    }
+
+    /// The timeline ends here, and the next one goes on in `name`, its copy of the segment that was begun last: the bytes to
+    /// come are those from [`Indexer::pushed_to`] on. A record that the old timeline did not finish is dropped.
+    pub fn switch(&mut self, name: SegmentName) {
+        if let Some(last) = self.waiting.back_mut() {
+            debug_assert_eq!(last.number, name.number, "a timeline goes on in another segment");
+            *last = name;
+        }
+        let at = self.reader.proved_to().unwrap_or_else(|| self.reader.pushed_to());
+        self.reader = Reader::at_record(self.reader.source(), at);
+    }
+
+    /// Adds bytes of the segment that was begun last.
+    pub fn push(&mut self, bytes: &[u8]) {
+        self.reader.push(bytes);
+    }
+
+    /// What comes next; `None` if that is not pushed yet.
+    ///
+    /// # Errors
+    /// If the bytes are not WAL. [`Indexer::skip_page`] goes on behind the damage.
+    pub fn next_seen(&mut self) -> Result<Option<Seen>, DecodeError> {
+        loop {
+            if let Some(done) = self.done.pop_front() {
+                return Ok(Some(done));
+            }
+            let Some(record) = self.reader.next_record()? else {
+                if self.reader.is_between_records() {
+                    self.finish_through(self.reader.pushed_to());
+                }
+                return Ok(self.done.pop_front());
+            };
+            let change = match Change::read(&record) {
+                Ok(change) => change,
+                Err(error) => {
+                    self.spoilt = true;
+                    return Err(error);
+                }
+            };
+            if self.waiting.front().is_some_and(|segment| segment.end() <= record.lsn) {
+                // The borrow of the record ends before the segments behind it are finished.
+                let end = record.lsn;
+                let finished = finish(&mut self.waiting, &mut self.builder, &mut self.spoilt, &self.observer, end);
+                self.done.extend(finished);
+            }
+            let ended = self.observer.see(&record, &change);
+            self.builder.see(&record, &change, ended.as_ref());
+            self.done.extend(ended.map(|ended| Seen::Ended(Box::new(ended))));
+        }
+    }
+
+    fn finish_through(&mut self, end: Lsn) {
+        let finished = finish(&mut self.waiting, &mut self.builder, &mut self.spoilt, &self.observer, end);
+        self.done.extend(finished);
+    }
+
+    /// After an error: goes on with the next record, or with the first on the next page if it is the page that is damaged.
+    /// What was not understood is not in any count, and the segment gets no index.
+    pub fn skip_page(&mut self) {
+        self.spoilt = true;
+        self.reader.skip_page();
+    }
+
     /// Takes the next segment's bytes, all of them; gives the indexes that are done.
     ///
     /// # Errors
-    /// If the bytes are not WAL, or not whole records as far as they go. The indexes of segments before that are lost with
-    /// the records that crossed from them: begin again behind it.
-    pub fn take(&mut self, name: SegmentName, bytes: &[u8]) -> Result<Vec<(SegmentName, SegmentIndex)>, DecodeError> {
-        debug_assert!(self.is_next(&name), "{name} does not follow");
-        self.waiting.push_back(name);
-        self.reader.push(bytes);
-        while let Some(record) = self.reader.next_record()? {
-            while let Some(segment) = self.waiting.front().filter(|segment| segment.end() <= record.lsn) {
-                let index = std::mem::take(&mut self.builder).finish(self.transactions.resume_from());
-                self.done.extend(index.map(|index| (*segment, index)));
-                self.waiting.pop_front();
-            }
-            let change = Change::read(&record)?;
-            let ended = self.transactions.see(&change, &Unnamed);
-            self.builder.see(&record, &change, ended.as_ref());
-        }
-        if self.reader.is_between_records() {
-            // Only the first of these can have records; others lie within a record that was longer than a segment.
-            while let Some(segment) = self.waiting.pop_front() {
-                let index = std::mem::take(&mut self.builder).finish(self.transactions.resume_from());
-                self.done.extend(index.map(|index| (segment, index)));
+    /// As [`Indexer::next_seen`].
+    pub fn take(&mut self, name: SegmentName, bytes: &[u8]) -> Result<Vec<Indexed>, DecodeError> {
+        self.begin(name);
+        self.push(bytes);
+        let mut indexes = Vec::new();
+        while let Some(seen) = self.next_seen()? {
+            if let Seen::Segment(name, index) = seen {
+                indexes.push((name, index));
             }
         }
-        Ok(std::mem::take(&mut self.done))
+        Ok(indexes)
     }
 
-    /// Transactions that are open now.
-    pub const fn open(&self) -> usize {
-        self.transactions.len()
+    /// What is known of transactions and names, as of the last record.
+    pub const fn observer(&self) -> &Observer {
+        &self.observer
     }
+
+    /// The same, to be told more.
+    pub const fn observer_mut(&mut self) -> &mut Observer {
+        &mut self.observer
+    }
+
+    /// What is known, to go on elsewhere.
+    pub fn into_observer(self) -> Observer {
+        self.observer
+    }
+}
+
+/// Ends the segments that end at or before `lsn`.
+fn finish(
+    waiting: &mut VecDeque<SegmentName>,
+    builder: &mut Builder,
+    spoilt: &mut bool,
+    observer: &Observer,
+    lsn: Lsn,
+) -> Vec<Seen> {
+    let mut finished = Vec::new();
+    while let Some(segment) = waiting.front().copied().filter(|segment| segment.end() <= lsn) {
+        waiting.pop_front();
+        let index = std::mem::take(builder).finish(observer.transactions().resume_from());
+        let index = index.filter(|_| !std::mem::take(spoilt)).map(Box::new);
+        finished.push(Seen::Segment(segment, index));
+        let next = segment.next();
+        if next.start().bytes().is_multiple_of(NAMES_EVERY_BYTES.max(segment.size.bytes())) {
+            finished.push(Seen::Names(next, Box::new(observer.names().export())));
+        }
+    }
+    finished
 }
 
 /// The index of one segment, as far as it was seen.
@@ -271,9 +375,8 @@ mod tests {
     use super::*;
     use crate::decode::testing::{WalWriter, main_data, source};
     use crate::decode::{RmgrId, WalMajor};
-    use crate::detect::{DdlEvent, DdlKind, Persistence, RelationKind};
-    use crate::pg::Oid;
-    use crate::pg::{SegmentSize, TimelineId};
+    use crate::detect::{DdlEvent, DdlKind, Limits, Names, NamesLimits, Persistence, RelationKind};
+    use crate::pg::{Oid, SegmentSize, TimelineId, Xid};
     use crate::repo::frame;
 
     const START: Lsn = Lsn::new(1 << 20);
@@ -302,12 +405,17 @@ mod tests {
     }
 
     fn indexes(wal: &WalWriter) -> Vec<(SegmentName, SegmentIndex)> {
-        let mut indexer = Indexer::new(wal.source, &name(START), true);
+        let mut indexer = Indexer::new(wal.source, &name(START), observer());
         let mut found = Vec::new();
         for (number, bytes) in (0_u64..).zip(wal.bytes().chunks_exact(1 << 20)) {
-            found.extend(indexer.take(name(START + (number << 20)), bytes).unwrap());
+            let indexes = indexer.take(name(START + (number << 20)), bytes).unwrap();
+            found.extend(indexes.into_iter().map(|(name, index)| (name, *index.unwrap())));
         }
         found
+    }
+
+    fn observer() -> Observer {
+        Observer::new(Names::new(WalMajor::V17, NamesLimits::default()), Limits::default(), true)
     }
 
     #[test]
@@ -357,9 +465,22 @@ mod tests {
         let mut wal = WalWriter::new(source(WalMajor::V17), START);
         commit(&mut wal, 10, 61);
         fill(&mut wal);
+        fill(&mut wal);
         let mut bytes = wal.bytes()[..1 << 20].to_vec();
         bytes[9000] ^= 1;
-        assert!(Indexer::new(wal.source, &name(START), true).take(name(START), &bytes).is_err());
+        let mut indexer = Indexer::new(wal.source, &name(START), observer());
+        assert!(indexer.take(name(START), &bytes).is_err());
+        // It goes on behind the damage, and the damaged segment has no index.
+        indexer.skip_page();
+        let mut found = Vec::new();
+        while let Some(seen) = indexer.next_seen().unwrap() {
+            found.extend(matches!(seen, Seen::Segment(_, None)).then_some(()));
+        }
+        for (number, bytes) in (1_u64..).zip(wal.bytes().chunks_exact(1 << 20).skip(1)) {
+            let indexes = indexer.take(name(START + (number << 20)), bytes).unwrap();
+            found.extend(indexes.iter().filter(|(_, index)| index.is_none()).map(|_| ()));
+        }
+        assert_eq!(found.len(), 1);
     }
 
     fn any_end() -> impl Strategy<Value = (u64, u64, i64, u32, bool, Vec<u32>)> {

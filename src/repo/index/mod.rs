@@ -15,7 +15,7 @@ pub mod merge;
 pub mod merged;
 pub mod summary;
 
-pub use build::Indexer;
+pub use build::{Indexer, Seen};
 pub use format::{IndexError, SegmentIndex};
 pub use level::{Group, Level, Span};
 pub use lookup::{Activity, Found, Lookup, Unindexed, Wanted};
