@@ -72,6 +72,7 @@ pub(super) fn transaction(xid: u32, millis: i64, tallies: Vec<Tally>, ddl: Vec<D
         tallies,
         more: RowCounts::default(),
         ddl,
+        messages: Vec::new(),
         is_complete: true,
     }
 }
