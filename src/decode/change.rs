@@ -12,7 +12,7 @@ use super::rmgr::tablespace::{self, TablespaceRecord};
 use super::rmgr::xact::{self, Assignment, Prepare, TransactionEnd, XactRecord};
 use super::rmgr::xlog::{self, XlogRecord};
 use super::rmgr::{database, message, sequence};
-use super::{Block, DecodeError, Fault, List, Parts, Record, RmgrId};
+use super::{DecodeError, Fault, List, Parts, Record, RmgrId};
 use crate::pg::{Fork, Lsn, Oid, RelFile, Xid};
 
 /// What a record does, and in which transaction.
@@ -198,16 +198,24 @@ impl<'a> Change<'a> {
     /// If the record is of no known resource manager, or not one that the manager writes.
     #[inline]
     pub fn read(record: &Record<'a>) -> Result<Self, DecodeError> {
-        match simple_row(record) {
-            Some(row) => Ok(Self::of(record, None, Action::Rows(row))),
+        match simple(record) {
+            Some(Simple::Row(row)) => Ok(Self::of(record, None, Action::Rows(row))),
+            Some(Simple::Pages) => Ok(Self::of(record, None, Action::Pages)),
+            Some(Simple::End) => Ok(Self::of(record, None, Action::read_other(record)?)),
             None => Self::read_any(record),
         }
     }
 
     /// The same as [`Change::read`], the long way.
+    #[inline(never)]
     pub(super) fn read_any(record: &Record<'a>) -> Result<Self, DecodeError> {
         let parts = record.parts()?;
-        Ok(Self::of(record, parts.top_xid, Action::read(record, &parts)?))
+        let action = match record.header.rmgr {
+            RmgrId::HEAP => heap_action(record, &parts)?,
+            RmgrId::HEAP2 => heap2_action(record, &parts)?,
+            _ => Action::read_other(record)?,
+        };
+        Ok(Self::of(record, parts.top_xid, action))
     }
 
     #[inline]
@@ -217,10 +225,9 @@ impl<'a> Change<'a> {
 }
 
 impl<'a> Action<'a> {
-    fn read(record: &Record<'a>, parts: &Parts<'a>) -> Result<Self, DecodeError> {
+    /// What a record does that is not of the managers of tables.
+    fn read_other(record: &Record<'a>) -> Result<Self, DecodeError> {
         let found = match record.header.rmgr {
-            RmgrId::HEAP => return heap_action(record, parts),
-            RmgrId::HEAP2 => return heap2_action(record, parts),
             RmgrId::BTREE
             | RmgrId::HASH
             | RmgrId::GIN
@@ -266,28 +273,54 @@ impl<'a> Action<'a> {
     }
 }
 
-/// The page of block reference 0, which every change of rows has.
-fn page<'a>(record: &Record<'a>, parts: &Parts<'a>) -> Result<Block<'a>, DecodeError> {
+/// The file and page of block reference 0, which every change of rows has.
+fn page(record: &Record<'_>, parts: &Parts<'_>) -> Result<(RelFile, u32), DecodeError> {
     match parts.blocks().next() {
         Some(block) => block.and_then(|block| match (block.id, block.fork) {
-            (0, Fork::Main) => Ok(block),
+            (0, Fork::Main) => Ok((block.relation, block.number)),
             _ => Err(DecodeError::damaged(record.lsn, Fault::Impossible("the page of a row"))),
         }),
         None => Err(DecodeError::damaged(record.lsn, Fault::Impossible("a row without a page"))),
     }
 }
 
-/// A change of one row that touches one page, without an image and in the usual order: what most WAL is made of. `None` says
-/// nothing but that the record wants a closer look; [`Change::read_any`] says the same of what is read here, and takes
-/// several times as long.
+/// What most WAL is made of.
+enum Simple {
+    /// A change of rows that touches one page.
+    Row(RowChange),
+    /// One page, and no rows.
+    Pages,
+    /// The end of a transaction, or what else its manager writes, with nothing beside.
+    End,
+}
+
+/// The commonest records, in their usual order of parts. `None` says nothing but that the record wants a closer look;
+/// [`Change::read_any`] says the same of what is read here, and takes several times as long.
 #[inline]
-fn simple_row(record: &Record<'_>) -> Option<RowChange> {
-    if record.header.rmgr != RmgrId::HEAP {
-        return None;
+fn simple(record: &Record<'_>) -> Option<Simple> {
+    match record.header.rmgr {
+        RmgrId::HEAP => {
+            let (file, block, main_data) = record.only_page()?;
+            match heap_row(record, main_data).ok()? {
+                Some((kind, offset, is_on_toast)) => {
+                    Some(Simple::Row(RowChange { file, kind, rows: 1, block, offset, is_on_toast }))
+                }
+                None => heap::is_lock(record).then_some(Simple::Pages),
+            }
+        }
+        RmgrId::BTREE | RmgrId::HASH | RmgrId::GIN | RmgrId::GIST | RmgrId::SPGIST | RmgrId::BRIN => {
+            record.only_page().map(|_| Simple::Pages)
+        }
+        RmgrId::HEAP2 => {
+            let (_, _, main_data) = record.only_page()?;
+            match heap2::read_main(record, main_data).ok()? {
+                Heap2Record::MultiInsert(_) => None,
+                _ => Some(Simple::Pages),
+            }
+        }
+        RmgrId::XACT => record.is_only_main().then_some(Simple::End),
+        _ => None,
     }
-    let (file, block, main_data) = record.only_page()?;
-    let (kind, offset, is_on_toast) = heap_row(record, main_data).ok()??;
-    Some(RowChange { file, kind, rows: 1, block, offset, is_on_toast })
 }
 
 /// What happens to the row, its line pointer, and whether it is said to be a piece of another relation's value.
@@ -316,13 +349,13 @@ fn heap_action<'a>(record: &Record<'a>, parts: &Parts<'a>) -> Result<Action<'a>,
             _ => Action::Pages,
         });
     };
-    let Block { relation: file, number: block, .. } = page(record, parts)?;
+    let (file, block) = page(record, parts)?;
     Ok(Action::Rows(RowChange { file, kind, rows: 1, block, offset, is_on_toast }))
 }
 
 fn heap2_action<'a>(record: &Record<'a>, parts: &Parts<'a>) -> Result<Action<'a>, DecodeError> {
     let Heap2Record::MultiInsert(insert) = heap2::read_main(record, parts.main_data)? else { return Ok(Action::Pages) };
-    let Block { relation: file, number: block, .. } = page(record, parts)?;
+    let (file, block) = page(record, parts)?;
     let (rows, is_on_toast) = (insert.rows, insert.is_on_toast());
     Ok(Action::Rows(RowChange { file, kind: RowKind::Insert, rows, block, offset: 0, is_on_toast }))
 }

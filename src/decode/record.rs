@@ -197,17 +197,34 @@ impl<'a> Record<'a> {
         }
     }
 
-    /// File, page and main data of a record that has one block reference, to the main fork and without an image, and
-    /// short main data: the shape of most records. `None` for any other, damaged ones included.
+    /// File, page and main data of a record that has one block reference, to the main fork, and short main data: the shape of
+    /// most records. `None` for any other, damaged ones included.
     #[inline]
     pub(super) fn only_page(&self) -> Option<(RelFile, u32, &'a [u8])> {
-        let ([id, flags, d0, d1, place @ .., part, main_length], rest) = self.body.split_first_chunk::<22>()?;
+        let ([id, flags, d0, d1], rest) = self.body.split_first_chunk()?;
         let data_length = u16::from_le_bytes([*d0, *d1]);
-        let is_plain = *id == 0 && flags & (FORK | HAS_IMAGE | SAME_RELATION) == 0;
         let has_data = flags & HAS_DATA != 0;
-        let length = usize::from(data_length) + usize::from(*main_length);
-        if !is_plain || has_data != (data_length > 0) || *part != MAIN_SHORT || rest.len() != length || !self.is_whole()
-        {
+        if *id != 0 || flags & (FORK | SAME_RELATION) != 0 || has_data != (data_length > 0) || !self.is_whole() {
+            return None;
+        }
+        match flags & HAS_IMAGE == 0 {
+            true => Self::only_page_at(rest, usize::from(data_length)),
+            false => self.only_page_behind_image(rest, usize::from(data_length)),
+        }
+    }
+
+    #[cold]
+    fn only_page_behind_image(&self, rest: &'a [u8], data_length: usize) -> Option<(RelFile, u32, &'a [u8])> {
+        let mut cursor = self.cursor(rest);
+        let image = ImageHeader::read(&mut cursor, self.major()).ok()?;
+        Self::only_page_at(cursor.rest(), data_length + usize::from(image.length))
+    }
+
+    /// The rest of the block reference, `payload` bytes that belong to it, and the main data.
+    #[inline]
+    fn only_page_at(rest: &'a [u8], payload: usize) -> Option<(RelFile, u32, &'a [u8])> {
+        let ([place @ .., part, main_length], rest) = rest.split_first_chunk::<18>()?;
+        if *part != MAIN_SHORT || rest.len() != payload + usize::from(*main_length) {
             return None;
         }
         let [t0, t1, t2, t3, b0, b1, b2, b3, f0, f1, f2, f3, n0, n1, n2, n3] = *place;
@@ -216,7 +233,13 @@ impl<'a> Record<'a> {
             database: Oid(u32::from_le_bytes([b0, b1, b2, b3])),
             number: u32::from_le_bytes([f0, f1, f2, f3]),
         };
-        Some((file, u32::from_le_bytes([n0, n1, n2, n3]), rest.get(usize::from(data_length)..)?))
+        Some((file, u32::from_le_bytes([n0, n1, n2, n3]), rest.get(payload..)?))
+    }
+
+    /// True if the record is nothing but short main data, as ends of transactions are.
+    #[inline]
+    pub(super) fn is_only_main(&self) -> bool {
+        matches!(self.body, [MAIN_SHORT, length, data @ ..] if data.len() == usize::from(*length)) && self.is_whole()
     }
 
     /// The block reference with this number, `None` if the record has none.

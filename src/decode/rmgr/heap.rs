@@ -168,6 +168,11 @@ pub fn read<'a>(record: &Record<'a>) -> Result<Option<HeapRecord<'a>>, DecodeErr
     }
 }
 
+/// True if the record locks a row.
+pub(in crate::decode) const fn is_lock(record: &Record<'_>) -> bool {
+    record.operation() & OPERATION == LOCK
+}
+
 #[inline]
 pub(in crate::decode) fn read_main<'a>(record: &Record<'a>, main: &'a [u8]) -> Result<HeapRecord<'a>, DecodeError> {
     let mut main = record.cursor(main);

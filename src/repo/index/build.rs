@@ -116,17 +116,24 @@ impl Indexer {
             if let Some(done) = self.done.pop_front() {
                 return Ok(Some(done));
             }
-            let Some(record) = self.reader.next_record()? else {
-                if self.reader.is_between_records() {
-                    self.finish_through(self.reader.pushed_to());
+            // Both are looked at where they were made: moving them costs as much as reading them.
+            let found = self.reader.next_record();
+            let record = match &found {
+                Ok(Some(record)) => record,
+                Ok(None) => {
+                    if self.reader.is_between_records() {
+                        self.finish_through(self.reader.pushed_to());
+                    }
+                    return Ok(self.done.pop_front());
                 }
-                return Ok(self.done.pop_front());
+                Err(error) => return Err(*error),
             };
-            let change = match Change::read(&record) {
+            let change = Change::read(record);
+            let change = match &change {
                 Ok(change) => change,
                 Err(error) => {
                     self.spoilt = true;
-                    return Err(error);
+                    return Err(*error);
                 }
             };
             if self.waiting.front().is_some_and(|segment| segment.end() <= record.lsn) {
@@ -135,8 +142,8 @@ impl Indexer {
                 let finished = finish(&mut self.waiting, &mut self.builder, &mut self.spoilt, &self.observer, end);
                 self.done.extend(finished);
             }
-            let ended = self.observer.see(&record, &change);
-            self.builder.see(&record, &change, ended.as_ref());
+            let ended = self.observer.see(record, change);
+            self.builder.see(record, change, ended.as_ref());
             self.done.extend(ended.map(|ended| Seen::Ended(Box::new(ended))));
         }
     }
