@@ -5,6 +5,7 @@ pub mod directory;
 pub mod error;
 pub mod extract;
 mod instance;
+pub mod loss;
 mod path;
 pub mod plan;
 pub mod recovery;

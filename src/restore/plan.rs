@@ -11,6 +11,8 @@
 //! the agent's [`CaughtUp`] proves it. The time at which the store received its newest object would prove less: a commit
 //! may have been on its way to the store at that very moment. What neither proves is "not yet archived".
 
+use std::sync::Arc;
+
 use tokio_util::sync::CancellationToken;
 
 use super::error::{Moment, Nearest, RestoreError};
@@ -20,6 +22,7 @@ pub use super::scan::{Stop, Transaction};
 use super::search::{Found, Search};
 use super::target::Target;
 use crate::decode::rmgr::xlog::Parameters;
+use crate::detect::Incident;
 use crate::pg::{Lsn, PgTime, Position, SegmentName, TimelineHistory, TimelineId};
 use crate::progress::Progress;
 use crate::repo::Repository;
@@ -62,8 +65,12 @@ pub struct RestorePlan {
     pub cluster: String,
     /// What was asked for.
     pub target: Target,
-    /// The backup that is extracted.
+    /// The incident before which the restore stops, if that was asked for.
+    pub incident: Option<Box<Incident>>,
+    /// The backup that is extracted: the one from which the moment is reached soonest.
     pub backup: BackupInfo,
+    /// Backups that would serve too, the quickest first.
+    pub alternatives: Vec<Alternative>,
     /// Newer backups before the target that are not used, and why.
     pub passed_over: Vec<PassedOver>,
     /// The timelines that are followed, each with the place where it is left; the last is where recovery stops.
@@ -100,6 +107,28 @@ pub struct RestorePlan {
     /// What the WAL says of settings that the restored server must not have smaller.
     #[serde(skip)]
     pub(super) parameters: Option<Parameters>,
+    /// The timelines that were searched, also behind the stop.
+    #[serde(skip)]
+    pub(super) whole_path: TimelineHistory,
+    /// What the repository held.
+    #[serde(skip)]
+    pub(super) catalog: Option<Arc<Catalog>>,
+}
+
+/// A backup that would serve too.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct Alternative {
+    /// Its name.
+    pub label: String,
+    /// Bytes of WAL that recovery would read.
+    pub wal_bytes: u64,
+    /// About so many seconds would pass until the moment is reached.
+    pub estimated_seconds: f64,
+}
+
+/// About how long it takes to restore a backup of so many bytes and to replay so much WAL, in seconds.
+fn estimate(content_bytes: u64, wal_bytes: u64) -> f64 {
+    content_bytes as f64 / EXTRACTED_PER_SECOND + wal_bytes as f64 / REPLAYED_PER_SECOND + START_SECONDS
 }
 
 /// A backup that is not used.
@@ -133,11 +162,58 @@ pub async fn plan(
     progress: &dyn Progress,
     cancel: &CancellationToken,
 ) -> Result<RestorePlan, RestoreError> {
-    let catalog = cancellable(cancel, repo.catalog(CatalogScope::Everything)).await??;
-    let path = choose_path(&catalog, request.timeline)?;
+    let catalog = Arc::new(cancellable(cancel, repo.catalog(CatalogScope::Everything)).await??);
+    let harm = match &request.target {
+        Target::Before(id) => Some(cancellable(cancel, Harm::of(repo, id)).await??),
+        _ => None,
+    };
+    let path = choose_path(&catalog, request.timeline, harm.as_ref())?;
     let caught_up = cancellable(cancel, repo.lease()).await??.and_then(|lease| lease.caught_up);
-    let planner = Planner { repo, catalog: &catalog, path: &path, caught_up, request, progress, cancel };
-    planner.plan().await
+    let target = harm.as_ref().map(|harm| Target::Lsn(harm.at.lsn));
+    let resolved = Request { target: target.unwrap_or_else(|| request.target.clone()), ..request.clone() };
+    let planner = Planner { repo, catalog: &catalog, path: &path, caught_up, request: &resolved, progress, cancel };
+    let mut plan = planner.plan().await?;
+    if let Some(harm) = harm {
+        // Only that transaction's own record is the right place: an LSN alone might lie in the WAL of another past.
+        if plan.stop.lsn != harm.at.lsn || plan.lost.is_none_or(|lost| lost.lsn != harm.at.lsn) {
+            let what = format!("the commit at {} with which incident {} began", harm.at.lsn, harm.incident.id);
+            return Err(RestoreError::NotInWal { what, from: plan.backup.start, to: plan.archived.lsn });
+        }
+        plan.target = request.target.clone();
+        plan.incident = Some(harm.incident);
+    }
+    plan.whole_path = path;
+    plan.catalog = Some(catalog);
+    Ok(plan)
+}
+
+/// What `before:` stands before.
+struct Harm {
+    incident: Box<Incident>,
+    /// Where the commit record of the first transaction that destroyed something begins.
+    at: Position,
+}
+
+impl Harm {
+    async fn of(repo: &Repository, id: &str) -> Result<Self, RestoreError> {
+        let refuse = |problem: String, hint: &str| RestoreError::Option { problem, hint: hint.to_owned() };
+        let Some(incident) = repo.incident(id).await? else {
+            let hint = "`walguard incidents list` shows those that there are";
+            return Err(refuse(format!("there is no incident `{id}`"), hint));
+        };
+        let Some(lsn) = incident.first_harm else {
+            let problem =
+                format!("incident {id} is {}: none of its transactions is committed", incident.state.as_str());
+            return Err(refuse(problem, "nothing is lost by it so far: --to latest keeps everything"));
+        };
+        let at = Position { timeline: incident.timeline, lsn };
+        Ok(Self { incident: Box::new(incident), at })
+    }
+
+    /// True if the transaction happened on this path.
+    fn is_on(&self, path: &TimelineHistory) -> bool {
+        path.contains(Position { lsn: self.at.lsn + 1, ..self.at })
+    }
 }
 
 pub(super) async fn cancellable<T>(
@@ -147,18 +223,36 @@ pub(super) async fn cancellable<T>(
     cancel.run_until_cancelled(work).await.ok_or(RestoreError::Cancelled)
 }
 
-/// The history of the timeline asked for, or of the newest.
-fn choose_path(catalog: &Catalog, wanted: Option<TimelineId>) -> Result<TimelineHistory, RestoreError> {
+/// The history of the timeline asked for, or of the newest; that of the harm's own if the newest did not come from it.
+fn choose_path(
+    catalog: &Catalog,
+    wanted: Option<TimelineId>,
+    harm: Option<&Harm>,
+) -> Result<TimelineHistory, RestoreError> {
     let refuse =
         |problem: String| RestoreError::Timeline { problem, known: catalog.timelines.keys().copied().collect() };
-    let Some(timeline) = wanted.or_else(|| catalog.newest_timeline()) else {
+    let newest = catalog.newest_timeline();
+    let elsewhere = |harm: &&Harm| newest.and_then(|t| catalog.history(t)).is_some_and(|path| !harm.is_on(path));
+    let abandoned = harm.filter(elsewhere).map(|harm| harm.at.timeline);
+    let Some(timeline) = wanted.or(abandoned).or(newest) else {
         return Err(RestoreError::NoBackup { problem: "the repository holds no WAL".to_owned() });
     };
     if !catalog.timelines.contains_key(&timeline) {
         return Err(refuse(format!("there is no timeline {timeline} in the repository")));
     }
     let history = catalog.history(timeline).cloned();
-    history.ok_or_else(|| refuse(format!("the history of timeline {timeline} is not in the repository")))
+    let history =
+        history.ok_or_else(|| refuse(format!("the history of timeline {timeline} is not in the repository")))?;
+    match harm.filter(|harm| !harm.is_on(&history)) {
+        None => Ok(history),
+        Some(harm) => {
+            let Harm { incident, at } = harm;
+            Err(refuse(format!(
+                "incident {} is not in the past of timeline {timeline}, but of {}",
+                incident.id, at.timeline
+            )))
+        }
+    }
 }
 
 /// The backups that a restore along `path` may begin with, in the order in which they are tried: those without damaged
@@ -231,7 +325,7 @@ impl Planner<'_> {
                 continue;
             }
             match self.try_backup(backup, until, &candidates).await? {
-                Tried::Plan(plan) => return Ok(*plan),
+                Tried::Plan(plan) => return self.soonest(plan, &candidates).await,
                 Tried::TooEarly(lsn) => kept_to = Some(lsn),
                 Tried::NotThere => searched_from = Some(backup.start),
             }
@@ -246,14 +340,15 @@ impl Planner<'_> {
             // A backup that ended behind the target may still serve: nothing may have been committed in between.
             (None, Target::Time(time)) => backup.start_time > *time,
             (None, Target::Lsn(lsn)) => backup.stop > *lsn,
-            (None, Target::Latest | Target::Xid(_) | Target::Name(_)) => false,
+            // `before:` was resolved to its place.
+            (None, Target::Latest | Target::Xid(_) | Target::Name(_) | Target::Before(_)) => false,
         }
     }
 
     fn goal(&self) -> Goal {
         let exclusive = self.request.exclusive;
         match &self.request.target {
-            Target::Latest => Goal::End,
+            Target::Latest | Target::Before(_) => Goal::End,
             Target::Time(at) => Goal::Time { at: *at, exclusive },
             Target::Lsn(lsn) => Goal::Lsn(*lsn),
             Target::Xid(xid) => Goal::Xid { xid: *xid, exclusive },
@@ -285,7 +380,7 @@ impl Planner<'_> {
         let latest = found.latest.max(self.proved(archived));
         let stop = match (found.stop, &self.request.target) {
             (Some(stop), _) => Some(stop),
-            (None, Target::Latest) => found.everything,
+            (None, Target::Latest | Target::Before(_)) => found.everything,
             (None, Target::Lsn(lsn)) if *lsn <= padded(*to) => found.everything,
             (None, Target::Time(time)) if latest >= Some(*time) => found.everything,
             (None, Target::Lsn(_) | Target::Time(_)) => {
@@ -346,7 +441,9 @@ impl Planner<'_> {
         RestorePlan {
             cluster: self.repo.layout().cluster().to_owned(),
             target: self.request.target.clone(),
+            incident: None,
             backup: backup.clone(),
+            alternatives: Vec::new(),
             passed_over: self.passed_over(backup, candidates, stop.reached),
             path: legs(self.path, backup, stop),
             timeline: path::recovery_timeline(self.catalog, self.path, stop.lsn, stop.read_to),
@@ -358,13 +455,49 @@ impl Planner<'_> {
             wal_segments,
             segments_read,
             fetched_bytes: backup.stored_bytes + wal_segments * (stored / segments.max(1)),
-            estimated_seconds: backup.content_bytes as f64 / EXTRACTED_PER_SECOND
-                + stop.read_to.saturating_sub(backup.start) as f64 / REPLAYED_PER_SECOND
-                + START_SECONDS,
+            estimated_seconds: estimate(backup.content_bytes, stop.read_to.saturating_sub(backup.start)),
             last_ends: found.last_ends,
             ends_with_transaction: found.ends_with_transaction,
             parameters: found.parameters,
+            whole_path: self.path.clone(),
+            catalog: None,
         }
+    }
+
+    /// The plan with the backup from which the moment is reached soonest: one with more WAL behind it may be so much smaller
+    /// that it is quicker.
+    async fn soonest(
+        &self,
+        mut plan: Box<RestorePlan>,
+        candidates: &[&BackupInfo],
+    ) -> Result<RestorePlan, RestoreError> {
+        let Stop { reached, read_to, .. } = plan.stop;
+        let serves = |backup: &&&BackupInfo| {
+            backup.stop <= reached
+                && backup.bad_pages <= plan.backup.bad_pages
+                && padded(self.catalog.contiguous_to(self.path, backup.start)) >= read_to
+        };
+        let weigh = |backup: &&BackupInfo| {
+            let wal_bytes = read_to.saturating_sub(backup.start);
+            let estimated_seconds = estimate(backup.content_bytes, wal_bytes);
+            Alternative { label: backup.label.clone(), wal_bytes, estimated_seconds }
+        };
+        let mut weighed: Vec<_> = candidates.iter().filter(serves).map(weigh).collect();
+        weighed.sort_by(|a, b| a.estimated_seconds.total_cmp(&b.estimated_seconds));
+        let quicker = weighed.iter().take_while(|other| other.estimated_seconds < plan.estimated_seconds);
+        for label in quicker.map(|other| other.label.as_str()).collect::<Vec<_>>() {
+            let backup = candidates.iter().find(|backup| backup.label == label);
+            if let Some(backup) = backup
+                && let Tried::Plan(other) = self.try_backup(backup, None, candidates).await?
+                && other.stop == plan.stop
+            {
+                plan = other;
+                break;
+            }
+        }
+        weighed.retain(|other| other.label != plan.backup.label);
+        plan.alternatives = weighed;
+        Ok(*plan)
     }
 
     /// Newer backups that the target lies behind, and why none of them was taken.
@@ -477,7 +610,7 @@ impl RestorePlan {
 #[cfg(test)]
 mod tests {
     use std::ops::Range;
-    use std::sync::{Arc, Mutex};
+    use std::sync::Mutex;
 
     use async_trait::async_trait;
     use bytes::Bytes;
@@ -489,6 +622,7 @@ mod tests {
     use crate::pg::{ServerVersion, SystemId, Xid};
     use crate::progress::Silent;
     use crate::proto;
+    use crate::repo::RepoError;
     use crate::repo::backup::manifest;
     use crate::repo::cluster::{ClusterIdentity, FORMAT};
     use crate::repo::frame;
@@ -544,6 +678,8 @@ mod tests {
         repo: Repository,
         wal: WalWriter,
         start: Lsn,
+        /// Of the backups to come.
+        content_bytes: u64,
     }
 
     impl World {
@@ -560,7 +696,7 @@ mod tests {
             };
             repo.initialize(&identity).await.unwrap();
             let start = Lsn::new(4 << 20);
-            Self { store, repo, wal: WalWriter::new(source, start), start }
+            Self { store, repo, wal: WalWriter::new(source, start), start, content_bytes: 0 }
         }
 
         fn commit(&mut self, xid: u32, seconds: i64) -> Written {
@@ -613,6 +749,7 @@ mod tests {
                 start_time: seconds * SECOND,
                 stop_time: (seconds + 1) * SECOND,
                 bad_pages_total: bad_pages,
+                content_bytes: self.content_bytes,
                 ..proto::BackupManifest::default()
             };
             let key = self.repo.layout().manifest(label);
@@ -663,7 +800,7 @@ mod tests {
             request.verify = false;
             let found = plan(&self.repo, &request, &Silent, &cancel).await;
             let text = |plan: &Result<RestorePlan, RestoreError>| match plan {
-                Ok(plan) => format!("{:?}", RestorePlan { segments_read: 0, ..plan.clone() }),
+                Ok(plan) => format!("{:?}", RestorePlan { segments_read: 0, catalog: None, ..plan.clone() }),
                 Err(error) => format!("{error:?}"),
             };
             assert_eq!(text(&found), text(&expected), "{request:?}");
@@ -895,6 +1032,70 @@ mod tests {
         assert_eq!(plan.backup.label, "whole");
         assert_eq!(plan.passed_over.len(), 1);
         assert!(plan.passed_over[0].reason.contains("2 pages"));
+    }
+
+    #[tokio::test]
+    async fn the_backup_from_which_the_moment_is_reached_soonest_is_taken_and_the_others_are_told() {
+        let mut world = World::new().await;
+        world.backup("small", 10, 0).await;
+        let first = world.commit(3, 20);
+        world.fill();
+        world.content_bytes = 10 << 30;
+        world.backup("grown", 30, 0).await;
+        let last = world.commit(4, 40);
+        world.archive().await;
+        let plan = world.plan(Target::Latest).await.unwrap();
+        assert_eq!((plan.backup.label.as_str(), plan.stop.reached), ("small", last.end));
+        let others: Vec<_> = plan.alternatives.iter().map(|other| other.label.as_str()).collect();
+        assert_eq!(others, ["grown"]);
+        assert!(plan.alternatives[0].estimated_seconds > plan.estimated_seconds + 10.0);
+        // A restore to a moment before the other is consistent has only the one.
+        assert_eq!(world.plan(Target::Lsn(first.end)).await.unwrap().alternatives, []);
+        let asked = Request {
+            target: Target::Latest,
+            exclusive: false,
+            timeline: None,
+            backup: Some("grown".into()),
+            verify: false,
+        };
+        let plan = super::plan(&world.repo, &asked, &Silent, &CancellationToken::new()).await.unwrap();
+        assert_eq!((plan.backup.label.as_str(), plan.alternatives.len()), ("grown", 0));
+    }
+
+    #[tokio::test]
+    async fn before_an_incident_means_its_own_commit_and_no_other_place() {
+        let mut world = World::new().await;
+        world.backup("only", 10, 0).await;
+        let kept = world.commit(3, 20);
+        let row = world.wal.record(RmgrId::GENERIC, 0, 9, &main_data(b"row"));
+        let harm = world.commit(4, 30);
+        world.commit(5, 40);
+        world.archive().await;
+        for (lsn, timeline, state) in
+            [(Some(harm.lsn), 1, "committed"), (Some(row.lsn), 1, "committed"), (None, 1, "open")]
+        {
+            let id = format!("00000001-{:016X}", lsn.unwrap_or_default().bytes());
+            let incident: Incident = serde_json::from_value(serde_json::json!({
+                "format": 1, "id": id, "revision": 1, "state": state, "severity": "critical", "title": "wiped",
+                "timeline": timeline, "first_harm": lsn, "seen_to": world.wal.at(),
+                "began_at": "2000-01-01T00:00:30Z", "ended_at": "2000-01-01T00:00:30Z",
+                "detected_at": "2000-01-01T00:00:31Z", "updated_at": "2000-01-01T00:00:31Z",
+            }))
+            .unwrap();
+            world.repo.revise_incident(&id, |_| Ok::<_, RepoError>(Some(incident.clone()))).await.unwrap();
+            let plan = world.plan(Target::Before(id.clone())).await;
+            match lsn {
+                Some(lsn) if lsn == harm.lsn => {
+                    let plan = plan.unwrap();
+                    assert_eq!((plan.stop.lsn, plan.kept.unwrap().lsn), (harm.lsn, kept.lsn));
+                    assert_eq!((plan.incident.unwrap().id, plan.target), (id.clone(), Target::Before(id)));
+                }
+                Some(_) => assert!(matches!(plan.unwrap_err(), RestoreError::NotInWal { .. })),
+                None => assert!(plan.unwrap_err().to_string().contains("is open")),
+            }
+        }
+        let error = world.plan(Target::Before("nonesuch".into())).await.unwrap_err();
+        assert!(error.to_string().contains("no incident") && error.hint().is_some());
     }
 
     #[tokio::test]

@@ -7,6 +7,7 @@ use jiff::tz::{AmbiguousOffset, Offset, TimeZone};
 use jiff::{Span, Timestamp, Zoned};
 
 use crate::pg::{Lsn, PgTime, Xid};
+use crate::repo::layout::check_name;
 
 /// The moment to restore.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
@@ -22,6 +23,8 @@ pub enum Target {
     Xid(Xid),
     /// Everything up to and with this restore point (`pg_create_restore_point`).
     Name(String),
+    /// Everything that committed before the first transaction of the incident of this id that destroyed something.
+    Before(String),
 }
 
 impl Target {
@@ -34,6 +37,7 @@ impl Target {
     /// - an LSN, `16/B374D848`, also `lsn:16/B374D848`
     /// - `xid:4711`
     /// - `name:before_upgrade`
+    /// - `before:00000001-000000001A2B3C40`, with the id of an incident
     ///
     /// # Errors
     /// If it is none of these, or a local time that does not name exactly one moment: the error shows both readings.
@@ -49,6 +53,9 @@ impl Target {
         }
         if let Some(name) = text.strip_prefix("name:") {
             return Self::name(name);
+        }
+        if let Some(id) = text.strip_prefix("before:") {
+            return Self::before(id.trim());
         }
         if let Some(lsn) = text.strip_prefix("lsn:") {
             return lsn.trim().parse().map(Self::Lsn).map_err(|_| not_understood());
@@ -74,6 +81,17 @@ impl Target {
         }
     }
 
+    /// Just before the incident of this id.
+    ///
+    /// # Errors
+    /// If no incident can have this id.
+    pub fn before(id: &str) -> Result<Self, TargetError> {
+        match check_name(id) {
+            Ok(()) => Ok(Self::Before(id.to_owned())),
+            Err(_) => Err(TargetError::NotAnIncident { id: id.to_owned() }),
+        }
+    }
+
     /// The target for people; a time in UTC and in `zone`.
     pub fn describe(&self, zone: &TimeZone) -> String {
         match self {
@@ -85,6 +103,7 @@ impl Target {
             Self::Lsn(lsn) => format!("LSN {lsn}"),
             Self::Xid(xid) => format!("transaction {xid}"),
             Self::Name(name) => format!("restore point {name:?}"),
+            Self::Before(id) => format!("just before incident {id}"),
         }
     }
 }
@@ -195,6 +214,12 @@ pub enum TargetError {
         /// The name.
         name: String,
     },
+    /// No incident can have this id.
+    #[error("`{id}` cannot be the id of an incident")]
+    NotAnIncident {
+        /// The id.
+        id: String,
+    },
     /// No zone has this name.
     #[error("there is no time zone `{name}`")]
     UnknownZone {
@@ -232,13 +257,14 @@ impl TargetError {
     pub fn hint(&self) -> Option<String> {
         Some(match self {
             Self::NotUnderstood { .. } => "a target is `latest`, a time (`2025-12-17 08:14`, `2025-12-17T06:14:00Z`, \
-                `2025-12-17 08:14 Asia/Jerusalem`, `10 minutes ago`), an LSN (`16/B374D848`), `xid:4711` or \
-                `name:before_upgrade`"
+                `2025-12-17 08:14 Asia/Jerusalem`, `10 minutes ago`), an LSN (`16/B374D848`), `xid:4711`, \
+                `name:before_upgrade` or `before:` and an incident's id"
                 .to_owned(),
             Self::NotAnXid { .. } => {
                 "pg_current_xact_id() counts further than 32 bits; pass its value modulo 4294967296".to_owned()
             }
             Self::NotAName { .. } => "names are those given to pg_create_restore_point()".to_owned(),
+            Self::NotAnIncident { .. } => "`walguard incidents list` shows them with their ids".to_owned(),
             Self::UnknownZone { .. } => {
                 "zones have IANA names, for example Europe/Berlin; an offset such as +02:00 works too".to_owned()
             }
@@ -301,6 +327,8 @@ mod tests {
         assert_eq!(parse("lsn:16/B374D848"), Ok(Target::Lsn(Lsn::new(0x16_B374_D848))));
         assert_eq!(parse("xid:4711"), Ok(Target::Xid(Xid::new(4711).unwrap())));
         assert_eq!(parse("name:before upgrade"), Ok(Target::Name("before upgrade".into())));
+        let id = "00000001-000000001A2B3C40";
+        assert_eq!(parse(&format!("before:{id}")), Ok(Target::Before(id.into())));
     }
 
     #[test]
@@ -323,6 +351,7 @@ mod tests {
         assert!(matches!(parse("xid:0"), Err(TargetError::NotAnXid { .. })));
         assert!(matches!(parse("xid:4294967296"), Err(TargetError::NotAnXid { .. })));
         assert!(matches!(parse("name:"), Err(TargetError::NotAName { .. })));
+        assert!(matches!(parse("before:../lease"), Err(TargetError::NotAnIncident { .. })));
         assert!(matches!(parse("2025-12-17 08:14 Mars/Olympus"), Err(TargetError::UnknownZone { .. })));
     }
 

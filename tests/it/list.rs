@@ -20,9 +20,16 @@ async fn what_is_restorable_reaches_from_the_first_backup_to_the_last_commit() {
     let time = |value: &serde_json::Value| value.as_str().unwrap().parse::<Timestamp>().unwrap();
     assert_eq!(window["from_time"], backups[0]["stop_time"]);
     assert!(kept.last_writes.contains(&time(&window["last_commit"]["time"])), "{window:#} {:?}", kept.last_writes);
+    let first = &window["first_commit"];
+    assert!(time(&first["time"]) <= time(&window["last_commit"]["time"]), "{window:#}");
+    let lsn = |value: &serde_json::Value| value.as_str().unwrap().parse::<Lsn>().unwrap();
+    assert!(lsn(&first["lsn"]) >= lsn(&window["from"]), "{window:#}");
 
     let text = kept.run(&["list"]).expect(0).stdout();
-    assert!(text.contains("TO THE LAST COMMIT") && text.contains("second"), "{text}");
+    assert!(
+        text.contains("FROM THE FIRST COMMIT") && text.contains("TO THE LAST COMMIT") && text.contains("second"),
+        "{text}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -26,6 +26,7 @@ mod kept_repository;
 mod ledger;
 mod list;
 mod pgoutput;
+mod restore_before;
 mod restore_by_hand;
 mod restore_places;
 mod restore_plans;

@@ -46,15 +46,15 @@ pub(crate) async fn index_all(repo: &Repository) {
 
 /// The end of a transaction, as `pg_waldump` tells it.
 #[derive(Clone, Copy, Debug)]
-struct End {
-    lsn: Lsn,
+pub(crate) struct End {
+    pub(crate) lsn: Lsn,
     time: PgTime,
-    xid: u32,
-    committed: bool,
+    pub(crate) xid: u32,
+    pub(crate) committed: bool,
 }
 
 /// Every end of a transaction that `pg_waldump` finds behind `from`, in WAL order.
-fn dump(cluster: &Cluster, from: Lsn, to: Lsn) -> Vec<End> {
+pub(crate) fn dump(cluster: &Cluster, from: Lsn, to: Lsn) -> Vec<End> {
     let mut waldump = command(cluster.bin("pg_waldump"));
     waldump.env("TZ", "UTC").arg("-p").arg(cluster.data_dir().join("pg_wal")).args(["-r", "Transaction"]);
     waldump.args(["-s", &from.to_string(), "-e", &to.to_string()]);

@@ -235,14 +235,16 @@ Targets (--to):
   16/B374D848                         everything before this LSN
   xid:4711                            up to and with this transaction; just before it with --exclusive
   name:before_upgrade                 a point made by pg_create_restore_point()
+  before:00000001-000000001A2B3C40    all that committed before what this incident destroyed
 
 Examples:
+  walguard restore --config walguard.toml --target-dir /srv/restored     # shows what happened, and asks
   walguard restore --config walguard.toml --to '2025-12-17 08:14' --target-dir /srv/restored --dry-run
   walguard restore --config walguard.toml --to latest --target-dir /srv/restored --action promote --yes
   walguard restore --repo s3://backups/pg --cluster main --to 16/B374D848 --target-dir /srv/restored --port 5433")]
 pub(crate) struct RestoreArgs {
-    /// The moment to restore
-    #[arg(long, value_name = "TARGET", required_unless_present_any = ["to_xid", "to_name"])]
+    /// The moment to restore; without any, on a terminal, recent incidents and minutes are shown to choose from
+    #[arg(long, value_name = "TARGET")]
     pub(crate) to: Option<String>,
     /// Restore up to and with this transaction, as --to xid:N
     #[arg(long, value_name = "XID", conflicts_with_all = ["to", "to_name"])]

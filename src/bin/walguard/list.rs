@@ -6,10 +6,10 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use serde::Serialize;
 use walguard::pg::CommitPoint;
-use walguard::repo::UnfinishedBackup;
 use walguard::repo::catalog::{BackupInfo, Catalog, CatalogScope, Damage, LsnRange, Window};
 use walguard::repo::cluster::ClusterIdentity;
 use walguard::repo::gap::Gap;
+use walguard::repo::{RepoError, UnfinishedBackup};
 
 use crate::Outcome;
 use crate::args::ListArgs;
@@ -22,15 +22,21 @@ pub(crate) async fn run(context: Context, _args: ListArgs) -> anyhow::Result<Out
     let unfinished_backups = repository.unfinished_backups().await?;
     let mut restorable = Vec::new();
     for window in catalog.windows() {
-        let last_commit = match catalog.history(window.timeline) {
-            // What cannot be read hinders the listing of nothing else; `verify` says what is wrong with it.
-            Some(path) => repository.last_commit(&catalog.identity, path, &window).await.unwrap_or_else(|error| {
-                tracing::warn!(hint = error.hint(), "the end of timeline {} cannot be read: {error}", window.timeline);
-                None
-            }),
-            None => None,
+        // What cannot be read hinders the listing of nothing else; `verify` says what is wrong with it.
+        let unread = |place: &str, error: &RepoError| {
+            let timeline = window.timeline;
+            tracing::warn!(hint = error.hint(), "the {place} of timeline {timeline} cannot be read: {error}");
         };
-        restorable.push(Restorable { window, last_commit });
+        let (first_commit, last_commit) = match catalog.history(window.timeline) {
+            Some(path) => {
+                let first = repository.first_commit(&catalog.identity, path, &window).await;
+                let last = repository.last_commit(&catalog.identity, path, &window).await;
+                let first = first.inspect_err(|error| unread("beginning", error)).unwrap_or_default();
+                (first, last.inspect_err(|error| unread("end", error)).unwrap_or_default())
+            }
+            None => (None, None),
+        };
+        restorable.push(Restorable { window, first_commit, last_commit });
     }
     let listing = Listing::new(repository.url(), catalog, unfinished_backups, restorable);
     if context.json {
@@ -66,6 +72,9 @@ struct Backup {
 struct Restorable {
     #[serde(flatten)]
     window: Window,
+    /// The first transaction behind the window's first place: a restore may end with it, or before it; `null` if none was
+    /// found near that place.
+    first_commit: Option<CommitPoint>,
     /// The last transaction that is there; `null` if none was found near the end.
     last_commit: Option<CommitPoint>,
 }
@@ -171,16 +180,22 @@ impl Listing {
             return "nothing is restorable\n\n".to_owned();
         }
         let mut table =
-            render::table(["timeline", "restorable from", "to the last commit", "from LSN", "to LSN", "backups"]);
-        for Restorable { window, last_commit } in &self.restorable {
+            render::table(["timeline", "from the first commit", "to the last commit", "from LSN", "to LSN", "backups"]);
+        for Restorable { window, first_commit, last_commit } in &self.restorable {
             let last = match (last_commit, window.to_time) {
                 (Some(commit), _) => render::time(commit.time.timestamp(), zone),
                 (None, Some(stored)) => format!("stored {}", render::time(render::whole_seconds(stored), zone)),
                 (None, None) => "a hole in the WAL".to_owned(),
             };
+            let first = match first_commit {
+                Some(commit) => render::time(commit.time.timestamp(), zone),
+                None => {
+                    format!("backup of {}", render::time(render::whole_seconds(window.from_time.timestamp()), zone))
+                }
+            };
             table.add_row([
                 window.timeline.to_string(),
-                render::time(render::whole_seconds(window.from_time.timestamp()), zone),
+                first,
                 last,
                 window.from.to_string(),
                 window.to.to_string(),

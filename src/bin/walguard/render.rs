@@ -67,16 +67,35 @@ impl Lines {
     }
 }
 
-/// Asks a question that is answered with yes or no, on the terminal. Where nobody can answer, the answer is `None`.
-pub(crate) fn ask(question: &str) -> io::Result<Option<bool>> {
-    if !io::stdin().is_terminal() || !io::stderr().is_terminal() {
+/// True if somebody is there to answer questions.
+pub(crate) fn can_ask() -> bool {
+    io::stdin().is_terminal() && io::stderr().is_terminal()
+}
+
+/// Tells somebody who is asked what the question is about.
+pub(crate) fn tell(text: &str) -> io::Result<()> {
+    io::stderr().lock().write_all(text.as_bytes())
+}
+
+/// Asks a question that is answered with a line, on the terminal. Where nobody can answer, the answer is `None`.
+pub(crate) fn prompt(question: &str) -> io::Result<Option<String>> {
+    if !can_ask() {
         return Ok(None);
     }
     let mut err = io::stderr().lock();
-    write!(err, "{question} [y/N] ")?;
+    write!(err, "{question} ")?;
     err.flush()?;
     let mut answer = String::new();
-    io::stdin().lock().read_line(&mut answer)?;
+    let length = io::stdin().lock().read_line(&mut answer)?;
+    Ok((length > 0).then_some(answer))
+}
+
+/// Asks a question that is answered with yes or no, on the terminal. Where nobody can answer, the answer is `None`.
+pub(crate) fn ask(question: &str) -> io::Result<Option<bool>> {
+    if !can_ask() {
+        return Ok(None);
+    }
+    let answer = prompt(&format!("{question} [y/N]"))?.unwrap_or_default();
     Ok(Some(matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes")))
 }
 

@@ -9,6 +9,7 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use serde::Serialize;
 use walguard::pg::{PgTime, Xid};
+use walguard::restore::loss::{self, Loss, TableRows};
 use walguard::restore::plan::{self, Request, RestorePlan, Transaction};
 use walguard::restore::recovery::FetchCommand;
 use walguard::restore::run::{self as execute, Options, RestoreReport, Start};
@@ -17,18 +18,25 @@ use walguard::settings::Settings;
 
 use crate::Outcome;
 use crate::args::{Action, RestoreArgs};
+use crate::choose;
 use crate::context::Context;
 use crate::render;
 use crate::report::UsageError;
 
 pub(crate) async fn run(context: Context, args: RestoreArgs) -> anyhow::Result<Outcome> {
-    let request = request(&context, &args)?;
+    let named = named_target(&context, &args)?;
     let options = options(&args)?;
     if !args.dry_run {
         execute::refuse_root()?; // before minutes are spent on a plan
     }
     let fetch = fetch_command(&context)?;
     let repo = context.repository().await?;
+    let target = match named {
+        Some(target) => target,
+        None if context.json => return Err(no_target()),
+        None => choose::target(&context, &repo).await?.ok_or_else(no_target)?,
+    };
+    let request = request(&args, target)?;
     let cancel = context.cancel_on_signals()?;
     let progress = context.progress();
     let began = Instant::now();
@@ -37,16 +45,21 @@ pub(crate) async fn run(context: Context, args: RestoreArgs) -> anyhow::Result<O
     }
     let plan = plan::plan(&repo, &request, &*progress, &cancel).await.context("plan the restore")?;
     let planned = began.elapsed();
+    // It is there to be looked at before somebody says yes.
+    let loss = match args.dry_run || !args.yes {
+        true => Some(loss::loss(&repo, &plan, &*progress, &cancel).await.context("count what would be lost")?),
+        false => None,
+    };
     if args.dry_run {
         match context.json {
-            true => render::print_json(&Told { plan: &plan, restore: None })?,
-            false => render::print(&plan_text(&plan, &args, &context.zone))?,
+            true => render::print_json(&Told { plan: &plan, loss: loss.as_ref(), restore: None })?,
+            false => render::print(&plan_text(&plan, loss.as_ref(), &args, &context.zone))?,
         }
         return Ok(Outcome::Done);
     }
     let prepared = execute::prepare(&repo, &plan, &options).await?;
     if !context.json {
-        render::print(&plan_text(&plan, &args, &context.zone))?;
+        render::print(&plan_text(&plan, loss.as_ref(), &args, &context.zone))?;
     }
     if !args.yes && !confirmed(&context, &args)? {
         return Ok(Outcome::Failed(crate::report::FAILED));
@@ -54,7 +67,7 @@ pub(crate) async fn run(context: Context, args: RestoreArgs) -> anyhow::Result<O
     let report = execute::run(&repo, &plan, &prepared, &options, &fetch, &*progress, &cancel).await;
     let report = report.with_context(|| format!("restore into {}", options.target_dir.display()))?;
     match context.json {
-        true => render::print_json(&Told { plan: &plan, restore: Some(&report) })?,
+        true => render::print_json(&Told { plan: &plan, loss: loss.as_ref(), restore: Some(&report) })?,
         false => render::print(&report_text(&plan, &report, &args, planned, &context.zone))?,
     }
     Ok(Outcome::Done)
@@ -64,19 +77,29 @@ pub(crate) async fn run(context: Context, args: RestoreArgs) -> anyhow::Result<O
 #[derive(Debug, Serialize)]
 struct Told<'a> {
     plan: &'a RestorePlan,
+    /// What everything behind the moment changed; `null` if --yes left nobody to look at it.
+    loss: Option<&'a Loss>,
     /// `null` for a dry run.
     restore: Option<&'a RestoreReport>,
 }
 
-fn request(context: &Context, args: &RestoreArgs) -> anyhow::Result<Request> {
-    let target = match (&args.to, args.to_xid, &args.to_name) {
-        (Some(text), _, _) => Target::parse(text, Timestamp::now(), &context.zone)?,
+/// The target that the arguments name.
+fn named_target(context: &Context, args: &RestoreArgs) -> anyhow::Result<Option<Target>> {
+    Ok(match (&args.to, args.to_xid, &args.to_name) {
+        (Some(text), _, _) => Some(Target::parse(text, Timestamp::now(), &context.zone)?),
         (None, Some(xid), _) => {
-            Target::Xid(Xid::new(xid).ok_or_else(|| UsageError::new("transaction ids begin with 1"))?)
+            Some(Target::Xid(Xid::new(xid).ok_or_else(|| UsageError::new("transaction ids begin with 1"))?))
         }
-        (None, None, Some(name)) => Target::name(name)?,
-        (None, None, None) => return Err(UsageError::with_hint("no target is named", "name it with --to").into()),
-    };
+        (None, None, Some(name)) => Some(Target::name(name)?),
+        (None, None, None) => None,
+    })
+}
+
+fn no_target() -> anyhow::Error {
+    UsageError::with_hint("no target is named", "name it with --to, or choose it on a terminal").into()
+}
+
+fn request(args: &RestoreArgs, target: Target) -> anyhow::Result<Request> {
     if args.exclusive && !matches!(target, Target::Xid(_) | Target::Time(_)) {
         let hint = "everything before an LSN is what --to LSN means by itself";
         return Err(UsageError::with_hint("--exclusive needs a transaction or a time", hint).into());
@@ -184,13 +207,18 @@ fn transaction_text(transaction: Option<&Transaction>, none: &str, zone: &TimeZo
     )
 }
 
-fn plan_text(plan: &RestorePlan, args: &RestoreArgs, zone: &TimeZone) -> String {
+fn plan_text(plan: &RestorePlan, loss: Option<&Loss>, args: &RestoreArgs, zone: &TimeZone) -> String {
     let mut text = String::new();
     let mut line = |name: &str, value: String| {
         let _ = writeln!(text, "  {name:<14}{value}"); // a String takes everything
     };
     line("cluster", format!("{}, PostgreSQL {}", plan.cluster, plan.backup.server_version));
     line("target", target_text(&plan.target, zone));
+    if let Some(incident) = &plan.incident {
+        let began = when(incident.began_at.into(), zone);
+        let title: String = incident.title.chars().filter(|c| !c.is_control()).collect();
+        line("incident", format!("{began}: {title}"));
+    }
     let backup = &plan.backup;
     line(
         "backup",
@@ -201,6 +229,14 @@ fn plan_text(plan: &RestorePlan, args: &RestoreArgs, zone: &TimeZone) -> String 
     }
     for passed in &plan.passed_over {
         line("", format!("not {}: {}", passed.label, passed.reason));
+    }
+    if let Some(next) = plan.alternatives.first() {
+        let takes =
+            |seconds: f64| render::duration(Duration::try_from_secs_f64(seconds.ceil()).unwrap_or(Duration::MAX));
+        let (here, there) = (takes(plan.estimated_seconds), takes(next.estimated_seconds));
+        let wal = render::bytes(next.wal_bytes);
+        let weighed = format!("the nearest start: {here}; with {} and {wal} of WAL about {there}", next.label);
+        line("", weighed);
     }
     let legs: Vec<_> = plan.path.iter().map(|leg| format!("{} to {}", leg.timeline, leg.to)).collect();
     line("timelines", legs.join(", then "));
@@ -225,7 +261,18 @@ fn plan_text(plan: &RestorePlan, args: &RestoreArgs, zone: &TimeZone) -> String 
     let estimated = Duration::try_from_secs_f64(plan.estimated_seconds.ceil()).unwrap_or(Duration::MAX);
     line("takes", format!("about {}, longer from a slow store or onto a slow disk", render::duration(estimated)));
     line("last kept", transaction_text(plan.kept.as_ref(), "none since the backup began", zone));
+    for rows in loss.and_then(|loss| loss.kept.as_deref()).unwrap_or_default().iter().take(TABLES_SHOWN) {
+        line("", rows_text(rows));
+    }
     line("first lost", transaction_text(plan.lost.as_ref(), "none that is archived", zone));
+    for rows in loss.and_then(|loss| loss.lost.as_deref()).unwrap_or_default().iter().take(TABLES_SHOWN) {
+        line("", rows_text(rows));
+    }
+    if let Some(loss) = loss {
+        for (name, value) in loss_lines(loss, zone) {
+            line(name, value);
+        }
+    }
     line("into", args.target_dir.display().to_string());
     let then = match (args.no_start, args.action) {
         (true, _) => "nothing is started",
@@ -235,6 +282,34 @@ fn plan_text(plan: &RestorePlan, args: &RestoreArgs, zone: &TimeZone) -> String 
     };
     line("then", then.to_owned());
     format!("Restore plan\n{text}")
+}
+
+/// Tables of which a plan tells the rows; the JSON has all.
+const TABLES_SHOWN: usize = 12;
+
+fn rows_text(rows: &TableRows) -> String {
+    let TableRows { table, inserted, updated, deleted, moved } = rows;
+    let counts = [(inserted, "inserted"), (updated, "updated"), (deleted, "deleted"), (moved, "moved")];
+    let counts = counts.into_iter().filter(|(count, _)| **count > 0).map(|(count, what)| format!("{count} {what}"));
+    // A name may hold anything.
+    let table: String = table.chars().map(|c| if c.is_control() { '?' } else { c }).collect();
+    format!("  {table}: {}", counts.collect::<Vec<_>>().join(", "))
+}
+
+/// What everything behind the moment changed.
+fn loss_lines(loss: &Loss, zone: &TimeZone) -> Vec<(&'static str, String)> {
+    let at_least = if loss.is_complete { "" } else { "at least " };
+    let mut lines = vec![match (loss.transactions, loss.to) {
+        (0, _) => ("lost in all", format!("{at_least}no transaction")),
+        (count, Some(to)) => ("lost in all", format!("{at_least}{count} transactions, the last at {}", when(to, zone))),
+        (count, None) => ("lost in all", format!("{at_least}{count} transactions")),
+    }];
+    lines.extend(loss.tables.iter().take(TABLES_SHOWN).map(|rows| ("", rows_text(rows))));
+    if let Some(more) = loss.tables.len().checked_sub(TABLES_SHOWN).filter(|more| *more > 0) {
+        lines.push(("", format!("  and {more} more tables")));
+    }
+    lines.extend(loss.notes.iter().map(|note| ("", format!("  ({note})"))));
+    lines
 }
 
 fn report_text(
