@@ -28,9 +28,14 @@ impl RetryPolicy {
     /// The pause after failure number `failures` (from 1): half fixed and half by chance, so that many agents that lost
     /// one store do not come back in step.
     pub fn pause(&self, failures: u32) -> Duration {
+        self.pause_at(failures, fastrand::f64())
+    }
+
+    /// The same with the chance given, from 0 to 1.
+    pub fn pause_at(&self, failures: u32, chance: f64) -> Duration {
         let doublings = failures.saturating_sub(1).min(20);
         let full = self.pause_min.saturating_mul(1 << doublings).min(self.pause_max);
-        full.mul_f64(0.5 + fastrand::f64() / 2.0)
+        full.mul_f64(0.5 + chance.clamp(0.0, 1.0) / 2.0)
     }
 }
 

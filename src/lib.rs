@@ -22,6 +22,7 @@ pub mod capture;
 pub mod decode;
 pub mod detect;
 pub mod guard;
+pub mod notify;
 pub mod pg;
 pub mod progress;
 pub mod repo;

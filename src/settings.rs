@@ -14,6 +14,7 @@ use crate::capture;
 use crate::capture::spool;
 use crate::detect;
 use crate::guard;
+use crate::notify;
 use crate::repo;
 use crate::repo::archiver;
 use crate::repo::backup;
@@ -48,6 +49,8 @@ pub struct Settings {
     pub protection: guard::Watch,
     /// What the breaker may do.
     pub breaker: guard::breaker::Config,
+    /// Whom the agent tells of incidents: channels by name.
+    pub notify: notify::Configs,
     /// Where the agent tells how it is.
     pub http: http::Config,
     /// How times are read and shown.
@@ -97,6 +100,7 @@ impl Settings {
         settings.who.check()?;
         settings.guard.check()?;
         settings.protection.check()?;
+        notify::config::check(&settings.notify)?;
         // A timeout of nothing would end every connection before it begins.
         let postgres = &settings.postgres;
         for (name, value) in
@@ -345,6 +349,19 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn the_channels_that_the_template_shows_can_be_used_as_they_are() {
+        let template = template(&Settings::default());
+        // They are indented, because each is one of several and no default.
+        let shown: Vec<_> = template.lines().filter_map(|line| line.strip_prefix("#  "));
+        let shown: Vec<_> = shown.filter(|line| !line.starts_with(' ')).collect();
+        let settings = Settings::parse(&shown.join("\n")).unwrap();
+        let mut kinds: Vec<_> = settings.notify.values().map(|channel| channel.kind.name()).collect();
+        kinds.sort_unstable();
+        let every = ["alertmanager", "command", "discord", "email", "pagerduty", "slack", "teams", "webhook"];
+        assert_eq!(kinds, every);
     }
 
     #[test]

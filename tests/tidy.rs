@@ -9,7 +9,7 @@ use std::process::Command;
 const FREE: [&str; 2] = ["pg", "proto"];
 
 /// Files and folders that turn values into values.
-const PURE: [&str; 19] = [
+const PURE: [&str; 21] = [
     "src/pg",
     "src/decode",
     "src/detect",
@@ -18,6 +18,8 @@ const PURE: [&str; 19] = [
     "src/guard/message.rs",
     "src/guard/nudge.rs",
     "src/guard/script.rs",
+    "src/notify/message.rs",
+    "src/notify/queue.rs",
     "src/repo/archiver/plan.rs",
     "src/repo/catalog.rs",
     "src/repo/index/build.rs",

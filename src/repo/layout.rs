@@ -14,6 +14,7 @@
 //!   base/<label>/backup_manifest.zst                 Postgres's own manifest, verbatim
 //!   base/<label>/manifest                            written last: the backup exists when this does
 //!   incidents/<id>/<revision>.json                   each revision a new object
+//!   incidents/<id>/delivered-<channel>-<event>.json  that a channel was told of it
 //!   gaps/00000001-0000001600000000-0000001700000000.json
 //!   verify/20251217T081400Z.json                     what a verification found
 //!   lease.json                                       the one mutable object
@@ -121,6 +122,15 @@ pub enum Object {
         id: String,
         /// Counted from 1.
         revision: u32,
+    },
+    /// The record that a channel was told of an incident.
+    Delivery {
+        /// The incident's id.
+        incident: String,
+        /// The channel.
+        channel: String,
+        /// What of it: `opened`, `grown7`; has no `-`.
+        event: String,
     },
     /// WAL that is missing, and known to be.
     Gap {
@@ -279,6 +289,16 @@ impl Layout {
         format!("{}/incidents/{id}/{revision:08}.json", self.cluster)
     }
 
+    /// The record that `channel` was told of `event` of an incident.
+    pub fn delivery(&self, incident: &str, channel: &str, event: &str) -> String {
+        format!("{}/incidents/{incident}/delivered-{channel}-{event}.json", self.cluster)
+    }
+
+    /// What the keys of all such records of an incident begin with.
+    pub fn deliveries_prefix(&self, incident: &str) -> String {
+        format!("{}/incidents/{incident}/delivered-", self.cluster)
+    }
+
     /// The folder of all gaps.
     pub fn gaps_folder(&self) -> String {
         format!("{}/gaps/", self.cluster)
@@ -349,6 +369,12 @@ impl Layout {
                     archive: ArchiveName::parse(archive)?,
                     number: parse_padded(number, 5)?,
                 }
+            }
+            ["incidents", id, file] if file.starts_with("delivered-") => {
+                let name = file.strip_prefix("delivered-")?.strip_suffix(".json")?;
+                let (channel, event) = name.rsplit_once('-')?;
+                check_name(channel).ok().filter(|()| check_name(event).is_ok())?;
+                Object::Delivery { incident: id.to_owned(), channel: channel.to_owned(), event: event.to_owned() }
             }
             ["incidents", id, file] => {
                 Object::Incident { id: id.to_owned(), revision: parse_padded(file.strip_suffix(".json")?, 8)? }
@@ -484,6 +510,8 @@ mod tests {
             label().prop_map(|label| Object::PostgresManifest { label }),
             label().prop_map(|label| Object::Manifest { label }),
             (label(), 1..u32::MAX).prop_map(|(id, revision)| Object::Incident { id, revision }),
+            (label(), "[a-z0-9][a-z0-9_-]{0,20}", "[a-z]{5,12}[0-9]{0,3}")
+                .prop_map(|(incident, channel, event)| { Object::Delivery { incident, channel, event } }),
             (1..u32::MAX, any::<u64>(), 1..u64::MAX).prop_filter_map("a gap has bytes", |(timeline, from, length)| {
                 let (timeline, from) = (TimelineId::new(timeline).unwrap(), Lsn::new(from));
                 Some(Object::Gap { timeline, from, to: from.checked_add(length)? })
@@ -505,6 +533,7 @@ mod tests {
             Object::PostgresManifest { label } => layout.postgres_manifest(label),
             Object::Manifest { label } => layout.manifest(label),
             Object::Incident { id, revision } => layout.incident(id, *revision),
+            Object::Delivery { incident, channel, event } => layout.delivery(incident, channel, event),
             Object::Gap { timeline, from, to } => layout.gap(*timeline, *from, *to),
             Object::Verification(at) => layout.verification(*at),
             Object::Lease => layout.lease(),

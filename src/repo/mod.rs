@@ -23,6 +23,7 @@ pub mod archiver;
 pub mod backup;
 pub mod catalog;
 pub mod cluster;
+mod deliveries;
 mod error;
 pub mod frame;
 pub mod gap;

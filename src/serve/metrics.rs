@@ -76,6 +76,7 @@ pub fn render(status: &Status) -> Result<String, fmt::Error> {
     metrics.number("gaps", "Holes in the archived WAL that this agent found", status.gaps.len() as f64);
     metrics.number("attention", "Things that somebody should look at", status.attention().len() as f64);
     metrics.alarms(status);
+    metrics.notifications(status);
 
     let mut text = String::new();
     encode(&mut text, &registry)?;
@@ -123,6 +124,34 @@ impl Metrics<'_> {
     }
 }
 
+type Counts = Family<Vec<(String, String)>, Counter<u64, AtomicU64>>;
+type Gauges = Family<Vec<(String, String)>, Gauge<f64, AtomicU64>>;
+
+impl Metrics<'_> {
+    fn notifications(&mut self, status: &Status) {
+        let now = status.at.unwrap_or(Timestamp::UNIX_EPOCH);
+        let (total, pending, oldest) = (Counts::default(), Gauges::default(), Gauges::default());
+        for (name, channel) in &status.notify.channels {
+            let label = ("channel".to_owned(), name.clone());
+            let outcomes = [
+                ("delivered", channel.delivered_total),
+                ("failed", channel.failed_total),
+                ("given_up", channel.given_up_total),
+            ];
+            for (outcome, count) in outcomes {
+                total.get_or_create(&vec![label.clone(), ("outcome".to_owned(), outcome.to_owned())]).inc_by(count);
+            }
+            pending.get_or_create(&vec![label.clone()]).set(channel.pending as f64);
+            let age = channel.oldest_due.map_or(0.0, |due| now.duration_since(due).as_secs_f64().max(0.0));
+            oldest.get_or_create(&vec![label]).set(age);
+        }
+        self.0.register("notifications", "Messages to a channel, by what became of them", total);
+        self.0.register("notifications_pending", "Messages that are due and not told", pending);
+        let help = "For how long the oldest of them has been due";
+        self.0.register_with_unit("notifications_oldest", help, Unit::Seconds, oldest);
+    }
+}
+
 fn gauge(value: f64) -> Gauge<f64, AtomicU64> {
     let gauge: Gauge<f64, AtomicU64> = Gauge::default();
     gauge.set(value);
@@ -148,11 +177,29 @@ mod tests {
     }
 
     #[test]
+    fn what_waits_for_a_channel_is_counted_by_its_name() {
+        let at: Timestamp = "2025-12-17T06:14:00Z".parse().unwrap();
+        let mut status = Status { cluster: "main".to_owned(), at: Some(at), ..Status::default() };
+        let mut channel = crate::notify::queue::ChannelStatus { pending: 2, failed_total: 7, ..Default::default() };
+        channel.oldest_due = Some(at - jiff::SignedDuration::from_secs(90));
+        status.notify.channels.insert("oncall".to_owned(), channel);
+        let text = render(&status).unwrap();
+        for line in [
+            "walguard_notifications_total{cluster=\"main\",channel=\"oncall\",outcome=\"failed\"} 7",
+            "walguard_notifications_pending{cluster=\"main\",channel=\"oncall\"} 2",
+            "walguard_notifications_oldest_seconds{cluster=\"main\",channel=\"oncall\"} 90",
+        ] {
+            assert!(text.contains(line), "{line}\n{text}");
+        }
+    }
+
+    #[test]
     fn the_readme_lists_every_metric_and_no_other() {
         // Every name that this file registers, whether a status has it or not.
         let code = include_str!("metrics.rs").split("#[cfg(test)]").next().unwrap_or_default();
         let calls = ["flag", "bytes", "seconds", "time", "number", "count"];
-        let mut names = vec!["walguard_alarm".to_owned()];
+        let families = ["alarm", "notifications_total", "notifications_pending", "notifications_oldest_seconds"];
+        let mut names: Vec<_> = families.iter().map(|name| format!("walguard_{name}")).collect();
         for line in code.lines().map(str::trim) {
             let call = calls.iter().find_map(|call| Some((call, line.strip_prefix(&format!("metrics.{call}(\""))?)));
             let Some((call, rest)) = call else { continue };

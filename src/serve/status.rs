@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
+use crate::notify::queue::ChannelStatus;
 use crate::pg::{Lsn, Position, SegmentSize, ServerVersion, SystemId};
 
 /// What the agent told at one moment. Also what `GET /status` answers, as JSON.
@@ -55,6 +56,8 @@ pub struct Status {
     pub who: WhoStatus,
     /// What protects the tables.
     pub protection: ProtectionStatus,
+    /// Telling people.
+    pub notify: Notify,
     /// Holes in the archived WAL that this agent found, in the order in which it did.
     pub gaps: Vec<GapSeen>,
     /// What somebody must look at, by name.
@@ -202,6 +205,18 @@ pub struct ScanStatus {
     pub names_overflowed: bool,
 }
 
+/// Telling people of incidents.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
+pub struct Notify {
+    /// How each channel is doing, by its name.
+    pub channels: BTreeMap<String, ChannelStatus>,
+    /// Messages that were told, and of which the repository does not know yet.
+    pub unrecorded: u64,
+    /// What is wrong with these records now.
+    pub trouble: Option<Trouble>,
+}
+
 /// Base backups.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(default)]
@@ -299,6 +314,7 @@ impl Status {
             ("the repository", &self.store.trouble),
             ("the spool", &self.spool.trouble),
             ("base backups", &self.backups.trouble),
+            ("the records of what people were told", &self.notify.trouble),
         ];
         for (what, trouble) in troubles {
             if let Some(trouble) = trouble
@@ -313,6 +329,9 @@ impl Status {
         {
             found.push(format!("WAL has been waiting for {seconds:.0} s to be archived"));
         }
+        for (name, channel) in &self.notify.channels {
+            found.extend(waiting(name, channel));
+        }
         if self.spool.full {
             found.push("the spool is full: no WAL is read from the server".to_owned());
         }
@@ -323,6 +342,18 @@ impl Status {
         }
         found
     }
+}
+
+/// What waits for a channel, in words.
+fn waiting(name: &str, channel: &ChannelStatus) -> Option<String> {
+    if channel.given_up_total > 0 && channel.late == 0 {
+        return Some(format!("{} alarms were never taken by {name} and are given up", channel.given_up_total));
+    }
+    let oldest = channel.oldest_due.filter(|_| channel.late > 0)?;
+    let (verb, plural) = if channel.late == 1 { ("has", "") } else { ("have", "s") };
+    let error = channel.error.as_deref().unwrap_or("it was not tried yet");
+    let text = format!("{} alarm{plural} {verb} not reached {name}, since {oldest:.0}: {error}", channel.late);
+    Some(with_hint(&text, channel.hint.as_deref()))
 }
 
 fn with_hint(text: &str, hint: Option<&str>) -> String {

@@ -11,6 +11,7 @@
 //! sessions  SQL                     who is at work; nudges WAL of open transactions out of the server
 //! watch     SQL, systemd            what only SQL tells; watchdog
 //! http      status, metrics
+//! notify    incidents -> people     what was not told before included; depends on nothing but its channels
 //! ```
 //!
 //! Positions travel over `watch` channels, WAL never does: the spool is the queue. Whatever passes by itself is tried
@@ -40,6 +41,7 @@ mod derived;
 mod lease;
 mod loops;
 pub mod names;
+pub mod notify;
 mod path;
 mod patience;
 mod protection;
@@ -49,18 +51,22 @@ mod sessions;
 mod source;
 mod watch;
 
+use std::path::PathBuf;
+
 use anyhow::Context as _;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use sd_notify::NotifyState;
 use tokio_util::sync::CancellationToken;
 
+use self::notify::Notifier;
 use crate::backoff::{Chain, RetryPolicy};
 use crate::capture::ConnInfo;
 use crate::capture::spool::Spool;
 use crate::decode;
 use crate::decode::WalMajor;
 use crate::guard;
+use crate::notify::{OpenError, Setting};
 use crate::pg::{Lsn, TimelineHistory};
 use crate::repo::Created;
 use crate::repo::Repository;
@@ -88,8 +94,10 @@ pub struct Agent {
     pub conninfo: ConnInfo,
     /// The cluster's place in the repository.
     pub repo: Repository,
-    /// The zone of `backup.at`.
+    /// The zone of `backup.at`, and of the times in messages.
     pub zone: TimeZone,
+    /// The settings file, for the commands in messages.
+    pub config: Option<PathBuf>,
     /// Take base backups on schedule, and when WAL was lost.
     pub backups: bool,
 }
@@ -126,6 +134,7 @@ impl Agent {
             ..Status::default()
         });
         board.update(|s| s.server.slot.clone_from(&settings.postgres.slot));
+        let notifier = self.notifier(&board).context("prepare to tell people of incidents")?;
         let listener = http::bind(&settings.http).await.context("open the port of `http.listen`")?;
         tracing::info!(http = %listener.local_addr()?, version = env!("CARGO_PKG_VERSION"), "agent started");
         watch::notify(&[NotifyState::Ready]);
@@ -252,6 +261,10 @@ impl Agent {
             };
             loops.start("backups", |stop| backups.run(stop));
         }
+        // The end that incidents go into belongs to whoever detects them.
+        let (_incidents, told) = tokio::sync::mpsc::channel(notify::INCIDENTS_WAITING_MAX);
+        loops.start("notify", |stop| notifier.run(told, stop));
+
         let (repo, held, proved) = (self.repo.clone(), lease.clone(), board.clone());
         loops.start("lease", |stop| lease::run(repo, claim, held, proved, stop));
 
@@ -264,6 +277,17 @@ impl Agent {
     /// How a connection beside the stream is made, under a name of its own.
     fn beside(&self, purpose: &str) -> ConnInfo {
         self.conninfo.clone().with_application_name(&format!("{}-{purpose}", self.conninfo.application_name()))
+    }
+
+    /// Prepares to tell people; what cannot work shows before anything else begins.
+    fn notifier(&self, board: &Board) -> Result<Notifier, OpenError> {
+        let setting = Setting {
+            cluster: self.settings.cluster.clone(),
+            config: self.config.as_ref().map(|path| std::path::absolute(path).unwrap_or_else(|_| path.clone())),
+            zone: self.zone.clone(),
+        };
+        let spool = self.settings.spool.dir.join(&self.settings.cluster);
+        Notifier::new(&self.settings.notify, self.repo.clone(), &spool, setting, board.clone())
     }
 
     /// Finds out who the server is, whose the repository is, and where the archive stands. Waits for both as long as it

@@ -67,7 +67,7 @@ impl Certificates {
         finish(command).expect(0);
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.scratch.join(name)
     }
 

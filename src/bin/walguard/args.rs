@@ -112,6 +112,7 @@ pub(crate) enum Verb {
     Verify(VerifyArgs),
     Expire(ExpireArgs),
     Guard(GuardArgs),
+    Notify(NotifyArgs),
     Wal(WalArgs),
     WalPush(WalPushArgs),
     WalFetch(WalFetchArgs),
@@ -434,6 +435,47 @@ pub(crate) struct GuardChoice {
     #[arg(long)]
     pub(crate) no_definitions: bool,
 }
+
+/// Try the channels through which people are told of incidents
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  walguard notify list --config walguard.toml
+  walguard notify test --config walguard.toml")]
+pub(crate) struct NotifyArgs {
+    #[command(subcommand)]
+    pub(crate) verb: NotifyVerb,
+}
+
+/// What can be done with channels.
+#[derive(Debug, Subcommand)]
+pub(crate) enum NotifyVerb {
+    Test(NotifyTestArgs),
+    List(NotifyListArgs),
+}
+
+/// Send a message that says that it is a test, through every channel or one
+///
+/// Whatever a channel's severity and escalation are, the message goes out at once; nothing is tried again. Exits with 1 if
+/// a receiver refuses it, and with 75 if one cannot be reached.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  walguard notify test --config walguard.toml
+  walguard notify test --channel oncall --config walguard.toml")]
+pub(crate) struct NotifyTestArgs {
+    /// Only this channel
+    #[arg(long, value_name = "NAME")]
+    pub(crate) channel: Option<String>,
+}
+
+/// List the channels: who is told of what, and when
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  walguard notify list --config walguard.toml
+  walguard notify list --config walguard.toml --json")]
+pub(crate) struct NotifyListArgs {}
 
 /// Look into archived WAL
 #[derive(Debug, Args)]

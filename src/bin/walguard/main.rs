@@ -12,6 +12,7 @@ mod guard;
 mod init;
 mod list;
 mod logging;
+mod notify;
 mod progress;
 mod render;
 mod report;
@@ -119,6 +120,7 @@ async fn run(cli: Cli) -> anyhow::Result<Outcome> {
         Verb::Verify(args) => verify::run(context, args).await,
         Verb::Expire(args) => expire::run(context, args).await,
         Verb::Guard(args) => guard::run(context, args).await,
+        Verb::Notify(args) => notify::run(context, args).await,
         Verb::Wal(args) => Box::pin(wal::run(context, args)).await,
         Verb::WalPush(args) => wal_push::run(context, args).await,
         Verb::WalFetch(args) => wal_fetch::run(context, &cli.global, args).await,

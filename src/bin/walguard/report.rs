@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use walguard::capture::CaptureError;
 use walguard::capture::spool::SpoolError;
+use walguard::notify::OpenError;
 use walguard::repo::RepoError;
 use walguard::repo::archiver::ArchiveError;
 use walguard::repo::backup::BackupError;
@@ -79,6 +80,9 @@ fn verdict(cause: &(dyn std::error::Error + 'static)) -> Option<Verdict> {
     }
     if let Some(error) = cause.downcast_ref::<TargetError>() {
         return Some(Verdict { code: USAGE, hint: error.hint() });
+    }
+    if let Some(error) = cause.downcast_ref::<OpenError>() {
+        return Some(Verdict { code: USAGE, hint: error.hint.clone() });
     }
     if let Some(error @ CaptureError::Conninfo { .. }) = cause.downcast_ref() {
         return Some(Verdict { code: USAGE, hint: error.hint() });

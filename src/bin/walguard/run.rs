@@ -18,6 +18,7 @@ pub(crate) async fn run(context: Context, args: RunArgs) -> anyhow::Result<Outco
         repo: context.repository().await?,
         settings,
         zone: context.zone.clone(),
+        config: context.config.clone(),
         backups: !args.no_backups,
     };
     agent.run(stop).await?;

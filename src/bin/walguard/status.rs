@@ -234,10 +234,24 @@ fn text(status: &Status, live: bool, context: &Context) -> String {
     if let Some(next) = status.backups.next_at.filter(|_| live) {
         line("next backup", render::time(next, &context.zone));
     }
+    for (name, channel) in &status.notify.channels {
+        let last = channel.delivered_at.map(|at| format!(", last {}", render::age(at, now))).unwrap_or_default();
+        let waiting = match channel.pending {
+            0 => String::new(),
+            pending => render::yellow(&format!(", {pending} waiting, {} of them late", channel.late)),
+        };
+        line("told", format!("{name}: {} messages{last}{waiting}", channel.delivered_total));
+    }
     for gap in &status.gaps {
         line("gap", format!("{} to {}: {}", gap.from, gap.to, gap.reason));
     }
-    let troubles = [&server.trouble, &status.store.trouble, &status.spool.trouble, &status.backups.trouble];
+    let troubles = [
+        &server.trouble,
+        &status.store.trouble,
+        &status.spool.trouble,
+        &status.backups.trouble,
+        &status.notify.trouble,
+    ];
     for trouble in troubles.into_iter().flatten() {
         line("trouble", render::yellow(&format!("{} (failed {} times)", trouble.error, trouble.failures)));
     }

@@ -9,6 +9,7 @@ mod agent;
 mod cluster;
 mod ledger;
 mod proxy;
+mod receiver;
 mod restored;
 mod s3;
 
@@ -25,6 +26,7 @@ pub(crate) use agent::{Agent, AgentBuilder};
 pub(crate) use cluster::{Cluster, StopMode, majors};
 pub(crate) use ledger::{Commit, Ledger, read_number};
 pub(crate) use proxy::Proxy;
+pub(crate) use receiver::{Answer, Received, Receiver};
 pub(crate) use restored::{Restored, restore};
 pub(crate) use s3::{Fault, S3};
 
