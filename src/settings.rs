@@ -355,7 +355,7 @@ mod tests {
     fn the_channels_that_the_template_shows_can_be_used_as_they_are() {
         let template = template(&Settings::default());
         // They are indented, because each is one of several and no default.
-        let shown: Vec<_> = template.lines().filter_map(|line| line.strip_prefix("#  "));
+        let shown = template.lines().filter_map(|line| line.strip_prefix("#  "));
         let shown: Vec<_> = shown.filter(|line| !line.starts_with(' ')).collect();
         let settings = Settings::parse(&shown.join("\n")).unwrap();
         let mut kinds: Vec<_> = settings.notify.values().map(|channel| channel.kind.name()).collect();

@@ -457,7 +457,7 @@ fn lost(table: &TableDamage) -> (u64, bool) {
 }
 
 fn findings(incident: &Incident) -> Vec<String> {
-    let mut findings: Vec<_> = incident.findings.iter().collect();
+    let mut findings: Vec<_> = incident.findings.iter().filter(|finding| !finding.silenced).collect();
     findings.sort_by_key(|finding| std::cmp::Reverse(finding.severity)); // stable: otherwise as they were found
     let more = incident.findings_more.saturating_add(findings.len().saturating_sub(FINDINGS_SHOWN) as u64);
     let mut said: Vec<_> =

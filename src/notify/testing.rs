@@ -43,6 +43,7 @@ pub(super) fn incident(number: u64, detected_at: Timestamp) -> Incident {
         xid: Xid::new(4711),
         lsn: Some(lsn),
         at: detected_at,
+        silenced: false,
     }];
     let actor = Actor {
         role: Some("app_owner".to_owned()),
