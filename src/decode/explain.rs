@@ -71,9 +71,38 @@ impl BlockExplanation {
     }
 }
 
+/// Gives the name of the relation whose file it is, if that is known.
+pub type NameOf<'a> = dyn Fn(RelFile) -> Option<String> + 'a;
+
+/// An explanation with names, as one line: `rel 1663/5/16400 (shop.public.orders)`.
+#[derive(Clone, Copy)]
+pub struct Named<'a> {
+    explanation: &'a Explanation,
+    name_of: &'a NameOf<'a>,
+}
+
+impl Explanation {
+    /// The line with the name of each relation behind its file.
+    pub const fn named<'a>(&'a self, name_of: &'a NameOf<'a>) -> Named<'a> {
+        Named { explanation: self, name_of }
+    }
+}
+
+impl fmt::Display for Named<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.explanation.write(f, self.name_of)
+    }
+}
+
 impl fmt::Display for Explanation {
     /// One line, as `pg_waldump` prints it (Postgres: `XLogDumpDisplayRecord` in `bin/pg_waldump/pg_waldump.c`).
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.write(f, &|_| None)
+    }
+}
+
+impl Explanation {
+    fn write(&self, f: &mut fmt::Formatter<'_>, name_of: &NameOf<'_>) -> fmt::Result {
         let Self { manager, operation, description, header, .. } = self;
         let images: usize = self.blocks.iter().filter_map(|block| block.image).map(|(length, _)| length).sum();
         let (total, xid) = (header.total_length, header.xid.map_or(0, Xid::get));
@@ -86,6 +115,9 @@ impl fmt::Display for Explanation {
         for block in &self.blocks {
             let RelFile { tablespace, database, number } = block.relation;
             write!(f, ", blkref #{}: rel {tablespace}/{database}/{number}", block.id)?;
+            if let Some(name) = name_of(block.relation) {
+                write!(f, " ({name})")?;
+            }
             match block.fork {
                 Fork::Main => {}
                 Fork::Fsm => f.write_str(" fork fsm")?,

@@ -231,6 +231,17 @@ impl Names {
         self.incomplete.remove(&seed.of.database);
     }
 
+    /// Looks for the catalogs of a database where `initdb` and `CREATE DATABASE` put them, unless it is known where they
+    /// are. For those who can ask nobody: rows that come from now on are understood then.
+    pub fn assume_catalogs(&mut self, database: Oid, tablespace: Oid) {
+        for catalog in Catalog::ALL.into_iter().filter(|catalog| !catalog.is_shared()) {
+            let file = RelFile { tablespace, database, number: catalog.oid().0 };
+            if !self.bound.contains_key(&(database, catalog)) {
+                self.bind(CatalogFile { catalog, database }, file);
+            }
+        }
+    }
+
     /// Everything, in an order that depends on nothing else.
     pub fn export(&self) -> NamesSnapshot {
         let in_use = |file: &RelFile, of: &CatalogFile| self.bound.get(&(of.database, of.catalog)) == Some(file);

@@ -56,6 +56,50 @@ impl Repository {
         Err(StoreError::NotFound { key }.into())
     }
 
+    /// What is there of a segment from byte `from` of it on, without a hole; `None` if nothing is. Reads only the tails that
+    /// it needs, for those who look again and again.
+    ///
+    /// # Errors
+    /// As [`Repository::read_segment`], but for what is not there.
+    pub async fn read_segment_from(&self, name: &SegmentName, from: u64) -> Result<Option<Bytes>, RepoError> {
+        let folder = self.layout.tail_folder(name);
+        let listed: Vec<ObjectInfo> = self.objects(folder, None).try_collect().await?;
+        let mut tails: Vec<(u64, u64, String)> = Vec::new();
+        for object in listed {
+            if let Some(Object::Tail { from, to, .. }) = self.layout.parse(&object.key, name.size) {
+                tails.push((from.into(), to.into(), object.key));
+            }
+        }
+        let mut found = Vec::new();
+        let mut reached = from;
+        loop {
+            let reaching = tails.iter().filter(|(begin, end, _)| *begin <= reached && reached < *end);
+            let Some((begin, end, key)) = reaching.max_by_key(|(_, end, _)| *end) else { break };
+            let stored = match self.store.read(key, None).await {
+                Ok(stored) => stored,
+                // The whole segment has just replaced it.
+                Err(StoreError::NotFound { .. }) => break,
+                Err(error) => return Err(error.into()),
+            };
+            let content = self.unpack(key, stored, end - begin).await?;
+            let skip = usize::try_from(reached - begin).unwrap_or(usize::MAX);
+            found.extend_from_slice(content.get(skip..).unwrap_or_default());
+            reached = *end;
+        }
+        if found.is_empty() {
+            let key = self.layout.segment(name);
+            let stored = match self.store.read(&key, None).await {
+                Ok(stored) => stored,
+                Err(StoreError::NotFound { .. }) => return Ok(None),
+                Err(error) => return Err(error.into()),
+            };
+            let content = self.unpack(&key, stored, name.size.bytes()).await?;
+            let skip = usize::try_from(from).unwrap_or(usize::MAX).min(content.len());
+            return Ok(Some(content.slice(skip..)).filter(|rest| !rest.is_empty()));
+        }
+        Ok(Some(found.into()))
+    }
+
     /// `None` if a listed tail is gone. An error if there are none.
     async fn read_tails(&self, name: &SegmentName) -> Result<Option<SegmentRead>, RepoError> {
         let folder = self.layout.tail_folder(name);

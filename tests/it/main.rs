@@ -39,6 +39,7 @@ mod scan;
 mod store_conformance;
 mod store_object_lock;
 mod sync_commit;
+mod timeline;
 mod verify;
 mod wal_explain;
 mod wal_fetch;

@@ -18,6 +18,7 @@ async fn archived_wal_is_explained_line_for_line_as_pg_waldump_does() {
     let start = small().start_of(small().segment_of(cluster.lsn().await).next());
     write(&cluster, 3 << 10).await;
     cluster.sql("INSERT INTO other VALUES (1), (2)").await;
+    cluster.sql("CREATE TABLE named (id int); INSERT INTO named VALUES (1), (2); DELETE FROM named").await;
     let end: Lsn = cluster.text("SELECT pg_current_wal_flush_lsn()").await.parse().unwrap();
     assert!(end - start > 1 << 20, "a whole segment and a part of one");
     agent.wait_archived(&cluster, end, DEADLINE).await;
@@ -26,7 +27,7 @@ async fn archived_wal_is_explained_line_for_line_as_pg_waldump_does() {
     let explain = |args: &[&str]| {
         let mut all = vec!["wal", "explain"];
         all.extend(args);
-        all.extend(["--repo", &url, "--cluster", "main"]);
+        all.extend(["--plain", "--repo", &url, "--cluster", "main"]);
         walguard(&all)
     };
     let mut waldump = command(cluster.bin("pg_waldump"));
@@ -68,6 +69,21 @@ async fn archived_wal_is_explained_line_for_line_as_pg_waldump_does() {
         );
         assert!(line.contains(&format!("tx: {:>10},", object["xid"].as_u64().unwrap())), "{object} {line}");
     }
+
+    // With names each line is the same but for these; this table was made within the WAL that is read.
+    let file = cluster.text("SELECT pg_relation_filenode('named')::text").await;
+    let plain = explain(&[&range, "--relation", &file]).expect(0).stdout();
+    let args = ["wal", "explain", &range, "--relation", &file, "--repo", &url, "--cluster", "main"];
+    let named = walguard(&args).expect(0).stdout();
+    assert!(plain.lines().count() >= 3, "{plain}");
+    for (named, plain) in named.lines().zip(plain.lines()) {
+        let (before, rest) = named.split_once(&format!("/{file} (")).unwrap_or_else(|| panic!("no name: {named}"));
+        let (name, after) = rest.split_once(')').unwrap();
+        assert!(name.ends_with("named"), "{named}");
+        assert_eq!(format!("{before}/{file}{after}"), plain);
+    }
+    let json = walguard(&[&args[..], &["--json", "--limit", "1"]].concat()).expect(0).json();
+    assert!(json["blocks"][0]["name"].as_str().unwrap().ends_with("named"), "{json}");
 
     // A reader that has seen enough is no failure.
     let mut piped = walguard_command(&["wal", "explain", &range, "--repo", &url, "--cluster", "main"]);

@@ -113,6 +113,7 @@ pub(crate) enum Verb {
     Expire(ExpireArgs),
     Guard(GuardArgs),
     Notify(NotifyArgs),
+    Timeline(TimelineArgs),
     Wal(WalArgs),
     WalPush(WalPushArgs),
     WalFetch(WalFetchArgs),
@@ -477,6 +478,52 @@ Examples:
   walguard notify list --config walguard.toml --json")]
 pub(crate) struct NotifyListArgs {}
 
+/// Show what happened when: rows that came, changed and went, tables emptied, definitions changed
+///
+/// Reads the repository only: indexes where there are any, archived WAL elsewhere, to the last second that is archived.
+/// Shows the last archived hour unless a time is named. Exits with 3 if some of it could not be read.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Times (--from, --to) are read as `walguard restore --to` reads them:
+  '2025-12-17 08:14 Asia/Jerusalem'   without a zone, in the zone of the settings
+  '10 minutes ago'
+
+Examples:
+  walguard timeline --config walguard.toml
+  walguard timeline --from '2025-12-17 08:00' --to '2025-12-17 08:30' --config walguard.toml
+  walguard timeline --from '2 hours ago' --table 'public.*' --min-rows 100 --transactions --config walguard.toml
+  walguard timeline --from '2025-12-17 08:14' --to '2025-12-17 08:16' --bucket 1s --config walguard.toml
+  walguard timeline --follow --config walguard.toml")]
+pub(crate) struct TimelineArgs {
+    /// From this time on; by default an hour before the end
+    #[arg(long, value_name = "TIME")]
+    pub(crate) from: Option<String>,
+    /// Up to this time; by default to the end of what is archived
+    #[arg(long, value_name = "TIME", conflicts_with = "follow")]
+    pub(crate) to: Option<String>,
+    /// Only these tables: TABLE, SCHEMA.TABLE or DATABASE.SCHEMA.TABLE, with * and ?; repeatable
+    #[arg(long, value_name = "PATTERN")]
+    pub(crate) table: Vec<String>,
+    /// Only these databases, by name (with * and ?) or OID; repeatable
+    #[arg(long, value_name = "PATTERN")]
+    pub(crate) database: Vec<String>,
+    /// Leave out times, tables and transactions with fewer changed rows; what was dropped or truncated is shown always
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) min_rows: u64,
+    /// How long a line's time is, for example 10s, 5m, 1h or '1 day'; by default a minute or as much as fits the screen
+    #[arg(long, value_name = "SPAN", value_parser = span)]
+    pub(crate) bucket: Option<Duration>,
+    /// List the largest transactions instead: id, time, LSN, rows by table
+    #[arg(long, conflicts_with_all = ["follow", "bucket"])]
+    pub(crate) transactions: bool,
+    /// Go on as more is archived, until stopped
+    #[arg(long)]
+    pub(crate) follow: bool,
+    /// Follow this timeline's history instead of the newest
+    #[arg(long, value_name = "ID", value_parser = timeline)]
+    pub(crate) timeline: Option<TimelineId>,
+}
+
 /// Look into archived WAL
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -493,7 +540,7 @@ pub(crate) enum WalVerb {
     Explain(ExplainArgs),
 }
 
-/// Print records of archived WAL, as `pg_waldump` does
+/// Print records of archived WAL, as `pg_waldump` does, with the names of tables
 ///
 /// Reads the repository only, unfinished segments included. With --json, one object a line. Exits with 3 if some record
 /// could not be explained.
@@ -522,6 +569,9 @@ pub(crate) struct ExplainArgs {
     /// Stop after so many records
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) limit: Option<u64>,
+    /// Without names: line for line what `pg_waldump` prints
+    #[arg(long)]
+    pub(crate) plain: bool,
 }
 
 /// Put one WAL file into the repository, as `archive_command`

@@ -19,6 +19,7 @@ mod report;
 mod restore;
 mod run;
 mod status;
+mod timeline;
 mod verify;
 mod wal;
 mod wal_fetch;
@@ -121,6 +122,7 @@ async fn run(cli: Cli) -> anyhow::Result<Outcome> {
         Verb::Expire(args) => expire::run(context, args).await,
         Verb::Guard(args) => guard::run(context, args).await,
         Verb::Notify(args) => notify::run(context, args).await,
+        Verb::Timeline(args) => Box::pin(timeline::run(context, args)).await,
         Verb::Wal(args) => Box::pin(wal::run(context, args)).await,
         Verb::WalPush(args) => wal_push::run(context, args).await,
         Verb::WalFetch(args) => wal_fetch::run(context, &cli.global, args).await,

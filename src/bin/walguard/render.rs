@@ -119,6 +119,52 @@ pub(crate) fn table_text(table: &Table) -> String {
     table.lines().map(|line| line.trim_end().to_owned() + "\n").collect()
 }
 
+/// Columns of the terminal; 100 where there is none, or one that does not say.
+pub(crate) fn width() -> usize {
+    let size = rustix::termios::tcgetwinsize(io::stdout()).ok().filter(|_| is_terminal());
+    size.map(|size| usize::from(size.ws_col)).filter(|columns| *columns > 0).unwrap_or(100)
+}
+
+/// Lines of the terminal, if there is one.
+pub(crate) fn height() -> Option<usize> {
+    let size = rustix::termios::tcgetwinsize(io::stdout()).ok().filter(|_| is_terminal());
+    size.map(|size| usize::from(size.ws_row)).filter(|rows| *rows > 0)
+}
+
+/// True if people watch.
+pub(crate) fn is_terminal() -> bool {
+    io::stdout().is_terminal()
+}
+
+/// Cells of a bar of `cells_max` cells at `max`: at least one for anything, so that little beside much is still seen.
+pub(crate) fn bar(value: u64, max: u64, cells_max: usize) -> usize {
+    if value == 0 || max == 0 || cells_max == 0 {
+        return 0;
+    }
+    let cells = u128::from(value.min(max)) * cells_max as u128 / u128::from(max);
+    usize::try_from(cells).unwrap_or(cells_max).max(1)
+}
+
+/// A number with commas: `10,036`.
+pub(crate) fn number(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
+    for (place, digit) in digits.chars().enumerate() {
+        if place > 0 && (digits.len() - place).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+/// Prints over the line that the cursor is in, on a terminal; without its end, so that it can be printed over again.
+pub(crate) fn reprint_line(text: &str) -> Result<(), PrintError> {
+    let mut out = io::stdout().lock();
+    write!(out, "\r\x1b[2K{text}")?;
+    Ok(out.flush()?)
+}
+
 /// Green on a terminal that shows colours.
 pub(crate) fn green(text: &str) -> String {
     painted(32, text)
@@ -134,6 +180,11 @@ pub(crate) fn red(text: &str) -> String {
     painted(31, text)
 }
 
+/// Grey on a terminal that shows colours.
+pub(crate) fn dim(text: &str) -> String {
+    painted(2, text)
+}
+
 /// Bold on a terminal.
 pub(crate) fn bold(text: &str) -> String {
     painted(1, text)
@@ -142,7 +193,11 @@ pub(crate) fn bold(text: &str) -> String {
 /// `style` is a parameter of ECMA-48's SGR. `NO_COLOR` is the convention by which people refuse it.
 fn painted(style: u8, text: &str) -> String {
     let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-    if refused || !io::stdout().is_terminal() { text.to_owned() } else { format!("\x1b[{style}m{text}\x1b[0m") }
+    if refused || text.is_empty() || !io::stdout().is_terminal() {
+        text.to_owned()
+    } else {
+        format!("\x1b[{style}m{text}\x1b[0m")
+    }
 }
 
 /// `16.0 MiB`.
@@ -220,6 +275,18 @@ mod tests {
         assert_eq!(text(185_000), "3 min 05 s");
         assert_eq!(text(7_800_000), "2 h 10 min");
         assert_eq!(text(442_800_000), "5 d 3 h");
+    }
+
+    #[test]
+    fn a_bar_shows_little_beside_much_and_never_more_than_there_is_room() {
+        let cells = [0, 1, 499, 500, 1_000, 2_000].map(|value| bar(value, 1_000, 10));
+        assert_eq!(cells, [0, 1, 4, 5, 10, 10]);
+        assert_eq!((bar(u64::MAX, u64::MAX, 30), bar(5, 0, 30), bar(5, 5, 0)), (30, 0, 0));
+    }
+
+    #[test]
+    fn a_number_is_set_in_threes() {
+        assert_eq!([0, 999, 1_000, 10_036, 1_234_567].map(number), ["0", "999", "1,000", "10,036", "1,234,567"]);
     }
 
     #[test]

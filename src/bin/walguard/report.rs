@@ -9,6 +9,7 @@ use walguard::notify::OpenError;
 use walguard::repo::RepoError;
 use walguard::repo::archiver::ArchiveError;
 use walguard::repo::backup::BackupError;
+use walguard::repo::index::walk::WalkError;
 use walguard::repo::lease::LeaseError;
 use walguard::repo::store::StoreError;
 use walguard::repo::wal_push::PushError;
@@ -91,6 +92,9 @@ fn verdict(cause: &(dyn std::error::Error + 'static)) -> Option<Verdict> {
         return Some(Verdict { code: USAGE, hint: error.hint() });
     }
     if let Some(error @ (BackupError::Label(_) | BackupError::LabelTaken(_))) = cause.downcast_ref() {
+        return Some(Verdict { code: USAGE, hint: error.hint() });
+    }
+    if let Some(error @ (WalkError::NoTimeline(_) | WalkError::Version(_))) = cause.downcast_ref() {
         return Some(Verdict { code: USAGE, hint: error.hint() });
     }
     // All stages' errors answer the same two questions.

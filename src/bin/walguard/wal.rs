@@ -1,13 +1,17 @@
-//! `walguard wal explain`: archived WAL, record by record, as `pg_waldump` prints it.
+//! `walguard wal explain`: archived WAL, record by record, as `pg_waldump` prints it, with the names of tables.
 
+use std::collections::{HashMap, HashSet};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use serde::Serialize;
-use walguard::decode::explain::{Explanation, explain};
-use walguard::decode::{DecodeError, Reader, Record, RmgrId, Source, WalMajor};
-use walguard::pg::{BLOCK_SIZE, Lsn, SegmentName, SegmentSize, TimelineHistory, TimelineId};
-use walguard::repo::Repository;
+use walguard::decode::change::Action;
+use walguard::decode::explain::{Explanation, NameOf, explain};
+use walguard::decode::{Change, DecodeError, Reader, Record, RmgrId, Source, WalMajor};
+use walguard::detect::{Limits, Names, NamesLimits, NamesSnapshot, Observer, Relation};
+use walguard::pg::{BLOCK_SIZE, Lsn, Oid, RelFile, SegmentName, SegmentSize, TimelineHistory, TimelineId};
 use walguard::repo::catalog::CatalogScope;
+use walguard::repo::{RepoError, Repository};
 
 use crate::Outcome;
 use crate::args::{ExplainArgs, WalArgs, WalVerb};
@@ -47,7 +51,15 @@ async fn run_explain(context: Context, args: ExplainArgs) -> anyhow::Result<Outc
             return Err(UsageError::with_hint(format!("the repository knows no timeline {timeline}"), hint).into());
         }
     };
-    let mut dump = Dump { lines: Lines::new(), json: context.json, filter, left: args.limit, unreadable: false };
+    let naming = match args.plain {
+        true => None,
+        false => {
+            let first = SegmentName::at(path.timeline_at(place.from), place.from, size);
+            Some(Naming::new(source, repository.names_before(path, &first, major).await?))
+        }
+    };
+    let mut dump =
+        Dump { lines: Lines::new(), json: context.json, filter, left: args.limit, unreadable: false, naming };
     dump.range(&repository, source, path, &place).await?;
     dump.lines.finish()?;
     Ok(if dump.unreadable { Outcome::Attention } else { Outcome::Done })
@@ -152,6 +164,8 @@ struct Line<'a> {
 #[derive(Debug, Serialize)]
 struct BlockLine {
     relation: String,
+    /// The relation's name; `null` if nobody knows.
+    name: Option<String>,
     fork: walguard::pg::Fork,
     block: u32,
     /// Bytes of the page's image; `null` if there is none.
@@ -168,6 +182,55 @@ struct Dump {
     left: Option<u64>,
     /// Some record could not be explained.
     unreadable: bool,
+    /// What files are called; `None` if nobody wants to know.
+    naming: Option<Naming>,
+}
+
+/// What files are called: by the catalogs' rows in the WAL itself, and by the indexes of the segments.
+#[derive(Debug)]
+struct Naming {
+    observer: Box<Observer>,
+    /// Databases whose catalogs were looked for.
+    databases: HashSet<Oid>,
+    indexed: HashMap<RelFile, Arc<Relation>>,
+}
+
+impl Naming {
+    /// Begins with the names of a snapshot from before; some may have changed since.
+    fn new(source: Source, snapshot: Option<(SegmentName, NamesSnapshot)>) -> Self {
+        let (_, snapshot) = snapshot.unzip();
+        let names = Names::import(source.major, NamesLimits::default(), snapshot.unwrap_or_default());
+        let observer = Box::new(Observer::new(names, Limits::default(), false));
+        Self { observer, databases: HashSet::new(), indexed: HashMap::new() }
+    }
+
+    /// Takes the names in a segment's index. Without one, or with one that cannot be read, there are fewer names.
+    async fn segment(&mut self, repository: &Repository, name: &SegmentName) -> Result<(), RepoError> {
+        match repository.index(name).await {
+            Ok(index) => self.indexed.extend(index.into_iter().flat_map(|index| index.names)),
+            Err(RepoError::Damaged { key, problem }) => tracing::warn!("no names from {key}: {problem}"),
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    fn see(&mut self, record: &Record<'_>) {
+        // What cannot be read is told as such when it is explained.
+        if let Ok(change) = Change::read(record) {
+            if let Action::Rows(rows) = &change.action
+                && rows.is_surely_catalog()
+                && self.databases.insert(rows.file.database)
+            {
+                self.observer.names_mut().assume_catalogs(rows.file.database, rows.file.tablespace);
+            }
+            self.observer.see(record, &change);
+        }
+    }
+
+    fn of(&self, file: RelFile) -> Option<String> {
+        let relation = self.observer.names().relation_of_file(file).or_else(|| self.indexed.get(&file).cloned())?;
+        Some(relation.full_name())
+    }
 }
 
 impl Dump {
@@ -196,6 +259,9 @@ impl Dump {
                 Err(error) if error.is_not_found() => return ends(place, reader.proved_to(), at),
                 Err(error) => return Err(error.into()),
             };
+            if let Some(naming) = &mut self.naming {
+                naming.segment(repository, &newest).await?;
+            }
             let valid = usize::try_from(read.valid_to).unwrap_or(usize::MAX).min(read.bytes.len());
             let skip = usize::try_from(size.offset_of(at)).unwrap_or(usize::MAX).min(valid);
             for piece in read.bytes.slice(skip..valid).chunks(PIECE_BYTES) {
@@ -203,7 +269,7 @@ impl Dump {
                 loop {
                     match reader.next_record() {
                         Ok(None) => break,
-                        Ok(Some(record)) if record.lsn < place.from => {}
+                        Ok(Some(record)) if record.lsn < place.from => self.name(&record),
                         Ok(Some(record)) if place.to.is_some_and(|to| record.lsn >= to) => return Ok(()),
                         Ok(Some(record)) => self.record(&record)?,
                         Err(DecodeError::Unwritten { at }) => return ends(place, reader.proved_to(), at),
@@ -221,7 +287,14 @@ impl Dump {
         }
     }
 
+    fn name(&mut self, record: &Record<'_>) {
+        if let Some(naming) = &mut self.naming {
+            naming.see(record);
+        }
+    }
+
     fn record(&mut self, record: &Record<'_>) -> Result<(), PrintError> {
+        self.name(record);
         if !self.filter.header(record) {
             return Ok(());
         }
@@ -231,8 +304,10 @@ impl Dump {
         }
         self.unreadable |= explanation.is_err();
         self.left = self.left.map(|left| left.saturating_sub(1));
+        let naming = self.naming.as_ref();
+        let name_of = |file: RelFile| naming.and_then(|naming| naming.of(file));
         match (self.json, explanation) {
-            (false, Ok(explanation)) => self.lines.print(&explanation),
+            (false, Ok(explanation)) => self.lines.print(&explanation.named(&name_of)),
             (false, Err(error)) => self.lines.print(&format_args!(
                 "rmgr: {:<11} lsn: {}, prev {}, error: {error}",
                 record.header.rmgr.name(),
@@ -252,7 +327,7 @@ impl Dump {
                     operation: explanation.map_or("", |explanation| &explanation.operation),
                     length: record.header.total_length,
                     description: explanation.map_or("", |explanation| &explanation.description),
-                    blocks: explanation.map(blocks).unwrap_or_default(),
+                    blocks: explanation.map(|explanation| blocks(explanation, &name_of)).unwrap_or_default(),
                     error,
                 })
             }
@@ -260,11 +335,12 @@ impl Dump {
     }
 }
 
-fn blocks(explanation: &Explanation) -> Vec<BlockLine> {
+fn blocks(explanation: &Explanation, name_of: &NameOf<'_>) -> Vec<BlockLine> {
     let block = |block: &walguard::decode::explain::BlockExplanation| {
         let file = block.relation;
         BlockLine {
             relation: format!("{}/{}/{}", file.tablespace, file.database, file.number),
+            name: name_of(file),
             fork: block.fork,
             block: block.number,
             image_bytes: block.image.map(|(bytes, _)| bytes),

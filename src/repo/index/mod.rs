@@ -8,12 +8,14 @@
 //! ([`Level`]), so that a year of WAL is found in a few reads ([`Lookup`]).
 
 pub mod build;
+pub mod chronicle;
 pub mod format;
 pub mod level;
 pub mod lookup;
 pub mod merge;
 pub mod merged;
 pub mod summary;
+pub mod walk;
 
 pub use build::{Indexer, Seen};
 pub use format::{IndexError, SegmentIndex};
