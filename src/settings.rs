@@ -47,6 +47,8 @@ pub struct Settings {
     pub guard: guard::script::Config,
     /// The watch over what protects tables.
     pub protection: guard::Watch,
+    /// Whether and how deleted rows are saved.
+    pub flashback: guard::flashback::Config,
     /// What the breaker may do.
     pub breaker: guard::breaker::Config,
     /// Whom the agent tells of incidents: channels by name.
@@ -99,6 +101,7 @@ impl Settings {
         settings.detect.check()?;
         settings.who.check()?;
         settings.guard.check()?;
+        settings.flashback.check()?;
         settings.protection.check()?;
         notify::config::check(&settings.notify)?;
         // A timeout of nothing would end every connection before it begins.
@@ -228,6 +231,7 @@ mod tests {
             ("[backup]\npart_size = \"1 KiB\"", "backup.part_size"),
             ("[who]\ninterval = \"1ms\"", "who.interval"),
             ("[guard]\ntables = [\"\"]", "guard.tables"),
+            ("[flashback]\nwindow = \"5m\"", "flashback.window"),
             ("[protection]\ninterval = \"0s\"", "protection.interval"),
             ("[postgres]\nreceive_timeout = \"0s\"", "postgres.receive_timeout"),
         ] {
@@ -302,6 +306,7 @@ mod tests {
             "[who]",
             "[guard]",
             "[protection]",
+            "[flashback]",
             "[breaker]",
             "[http]",
             "[time]",

@@ -8,17 +8,21 @@
 //! script     settings                         -> the SQL of the black box that an owner may install (pure)
 //! install    that SQL                         -> a database; and what is there against what should be
 //! message    the box's messages in the WAL    -> who did it                                      (pure)
+//! flashback  a snapshot from before           -> rows that are gone
+//! testimony  those of open transactions       -> who did it, together with what was seen         (pure)
 //! protection triggers, rules, policies        -> what is gone since the last look
 //! ```
 
 pub mod activity;
 pub mod breaker;
+pub mod flashback;
 pub mod install;
 pub mod message;
 pub mod nudge;
 pub mod protection;
 pub mod script;
 pub mod sessions;
+pub mod testimony;
 
 use std::time::Duration;
 
@@ -27,6 +31,7 @@ pub use breaker::Breaker;
 pub use message::GuardMessage;
 pub use protection::Losses;
 pub use sessions::{Sampler, Sessions};
+pub use testimony::Testimony;
 
 /// How the agent finds out who is at work: the `[who]` table of the settings.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

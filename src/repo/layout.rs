@@ -15,6 +15,7 @@
 //!   base/<label>/manifest                            written last: the backup exists when this does
 //!   incidents/<id>/<revision>.json                   each revision a new object
 //!   incidents/<id>/delivered-<channel>-<event>.json  that a channel was told of it
+//!   incidents/<id>/evidence/<schema>.<table>.copy.zst   rows that it took away, as CSV
 //!   gaps/00000001-0000001600000000-0000001700000000.json
 //!   verify/20251217T081400Z.json                     what a verification found
 //!   lease.json                                       the one mutable object
@@ -131,6 +132,13 @@ pub enum Object {
         channel: String,
         /// What of it: `opened`, `grown7`; has no `-`.
         event: String,
+    },
+    /// Rows that an incident took away.
+    Evidence {
+        /// The incident's id.
+        id: String,
+        /// The table, as a name.
+        name: String,
     },
     /// WAL that is missing, and known to be.
     Gap {
@@ -284,6 +292,11 @@ impl Layout {
         format!("{}/incidents/", self.cluster)
     }
 
+    /// Rows of a table that an incident took away.
+    pub fn evidence(&self, id: &str, name: &str) -> String {
+        format!("{}/incidents/{id}/evidence/{name}.copy.zst", self.cluster)
+    }
+
     /// A revision (from 1) of an incident.
     pub fn incident(&self, id: &str, revision: u32) -> String {
         format!("{}/incidents/{id}/{revision:08}.json", self.cluster)
@@ -378,6 +391,11 @@ impl Layout {
             }
             ["incidents", id, file] => {
                 Object::Incident { id: id.to_owned(), revision: parse_padded(file.strip_suffix(".json")?, 8)? }
+            }
+            ["incidents", id, "evidence", file] => {
+                let name = file.strip_suffix(".copy.zst")?;
+                check_name(name).ok()?;
+                Object::Evidence { id: id.to_owned(), name: name.to_owned() }
             }
             ["gaps", file] => {
                 let mut fields = file.strip_suffix(".json")?.split('-');
@@ -512,6 +530,7 @@ mod tests {
             (label(), 1..u32::MAX).prop_map(|(id, revision)| Object::Incident { id, revision }),
             (label(), "[a-z0-9][a-z0-9_-]{0,20}", "[a-z]{5,12}[0-9]{0,3}")
                 .prop_map(|(incident, channel, event)| { Object::Delivery { incident, channel, event } }),
+            (label(), label()).prop_map(|(id, name)| Object::Evidence { id, name }),
             (1..u32::MAX, any::<u64>(), 1..u64::MAX).prop_filter_map("a gap has bytes", |(timeline, from, length)| {
                 let (timeline, from) = (TimelineId::new(timeline).unwrap(), Lsn::new(from));
                 Some(Object::Gap { timeline, from, to: from.checked_add(length)? })
@@ -534,6 +553,7 @@ mod tests {
             Object::Manifest { label } => layout.manifest(label),
             Object::Incident { id, revision } => layout.incident(id, *revision),
             Object::Delivery { incident, channel, event } => layout.delivery(incident, channel, event),
+            Object::Evidence { id, name } => layout.evidence(id, name),
             Object::Gap { timeline, from, to } => layout.gap(*timeline, *from, *to),
             Object::Verification(at) => layout.verification(*at),
             Object::Lease => layout.lease(),

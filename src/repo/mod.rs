@@ -25,6 +25,7 @@ pub mod catalog;
 pub mod cluster;
 mod deliveries;
 mod error;
+mod evidence;
 pub mod frame;
 pub mod gap;
 pub mod incidents;

@@ -73,6 +73,17 @@ pub fn render(status: &Status) -> Result<String, fmt::Error> {
         metrics.seconds("session_sample", "What the last sample took", status.who.sample_seconds);
     }
     metrics.count("nudges", "Times that the server was made to flush WAL that it held back", status.who.nudges_total);
+    metrics.number(
+        "flashback_snapshots",
+        "Snapshots that are held for rows to stay readable",
+        status.flashback.snapshots as f64,
+    );
+    if let Some(age) = status.flashback.age_seconds {
+        metrics.seconds("flashback_age", "Age of the oldest of them: vacuum removes nothing that it sees", age);
+    }
+    if let Some(age) = status.flashback.xmin_age {
+        metrics.number("flashback_xmin_age", "Transactions that began since the oldest that they need", age as f64);
+    }
     metrics.number("gaps", "Holes in the archived WAL that this agent found", status.gaps.len() as f64);
     metrics.number("attention", "Things that somebody should look at", status.attention().len() as f64);
     metrics.alarms(status);

@@ -58,6 +58,8 @@ pub struct Status {
     pub protection: ProtectionStatus,
     /// Telling people.
     pub notify: Notify,
+    /// Snapshots that are held so that deleted rows stay readable.
+    pub flashback: FlashbackStatus,
     /// Holes in the archived WAL that this agent found, in the order in which it did.
     pub gaps: Vec<GapSeen>,
     /// What somebody must look at, by name.
@@ -140,6 +142,20 @@ pub struct WhoStatus {
     pub sample_seconds: f64,
     /// How often the server was made to flush WAL that it held back, since the agent was started.
     pub nudges_total: u64,
+    /// What is wrong now.
+    pub trouble: Option<Trouble>,
+}
+
+/// Snapshots that are held so that deleted rows stay readable. Vacuum removes nothing that the oldest of them sees.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
+pub struct FlashbackStatus {
+    /// How many.
+    pub snapshots: u64,
+    /// Age of the oldest, in seconds.
+    pub age_seconds: Option<f64>,
+    /// Transactions that began since the oldest that a snapshot needs.
+    pub xmin_age: Option<u64>,
     /// What is wrong now.
     pub trouble: Option<Trouble>,
 }

@@ -7,6 +7,7 @@
 //! derived   indexes -> repository   beside the WAL, once that is archived
 //! backups   server -> repository    when there is none, when WAL was lost, on schedule
 //! lease     one agent per cluster   renews; a lease that is lost ends the agent
+//! flashback SQL                     holds snapshots through which deleted rows stay readable
 //! protection SQL                    what protects tables, and what is gone of it
 //! sessions  SQL                     who is at work; nudges WAL of open transactions out of the server
 //! watch     SQL, systemd            what only SQL tells; watchdog
@@ -38,6 +39,7 @@ mod archive;
 mod backups;
 mod capture;
 mod derived;
+pub mod flashback;
 mod lease;
 mod loops;
 pub mod names;
@@ -232,6 +234,16 @@ impl Agent {
                 board: board.clone(),
             };
             loops.start("sessions", |stop| watcher.run(stop));
+        }
+        let flashback = flashback::Flashback::new(
+            self.beside("flashback"),
+            settings.flashback.clone(),
+            self.repo.clone(),
+            board.clone(),
+        );
+        if settings.flashback.evidence {
+            let holding = flashback.clone();
+            loops.start("flashback", |stop| holding.run(stop));
         }
         let losses = guard::Losses::default();
         if settings.protection.enabled {

@@ -132,14 +132,31 @@ fn grants(settings: &Settings, environment: &Environment) -> anyhow::Result<Stri
     }
     let info = ConnInfo::from_config(&postgres, environment)?;
     let (role, database) = (quoted(info.user()), quoted(info.dbname()));
-    Ok(format!(
+    let mut sql = format!(
         "-- Streams WAL and takes base backups. Give it a password with \\password, or a client certificate, and let it in\n\
          -- with two lines in pg_hba.conf: one for the database `replication`, one for the database {database}.\n\
          CREATE ROLE {role} LOGIN REPLICATION;\n\
          -- Settings, slots and sessions; no row of any table.\n\
          GRANT pg_monitor TO {role};\n\
          GRANT CONNECT ON DATABASE {database} TO {role};\n"
-    ))
+    );
+    if settings.breaker.per_hour > 0 {
+        sql += &format!(
+            "-- The breaker ends sessions of others (breaker.per_hour), but no superuser's.\n\
+             GRANT pg_signal_backend TO {role};\n"
+        );
+    }
+    if settings.flashback.evidence {
+        sql += &format!(
+            "-- Rows that an incident deletes are read and saved (flashback.evidence). To save them of some tables only, grant\n\
+             -- SELECT on those instead. Tables with row security are not read.\n\
+             GRANT pg_read_all_data TO {role};\n"
+        );
+        for database in settings.flashback.databases.iter().filter(|name| *name != info.dbname()) {
+            sql += &format!("GRANT CONNECT ON DATABASE {} TO {role};\n", quoted(database));
+        }
+    }
+    Ok(sql)
 }
 
 /// An identifier in SQL: as it is if it can be, in quotes if it must be.
@@ -172,6 +189,22 @@ mod tests {
                 "GRANT CONNECT ON DATABASE \"Shop\" TO \"wal-guard\";",
             ]
         );
+    }
+
+    #[test]
+    fn what_is_switched_on_needs_its_grant_and_nothing_else_does() {
+        let mut settings = Settings::default();
+        let count = |settings: &Settings| {
+            let sql = grants(settings, &Environment::default()).unwrap();
+            (sql.contains("GRANT pg_signal_backend"), sql.contains("GRANT pg_read_all_data"), sql.contains("\"Shop\""))
+        };
+        assert_eq!(count(&settings), (false, false, false));
+        settings.flashback.databases = vec!["Shop".to_owned()];
+        assert_eq!(count(&settings), (false, false, false));
+        settings.flashback.evidence = true;
+        assert_eq!(count(&settings), (false, true, true));
+        settings.breaker.per_hour = 1;
+        assert_eq!(count(&settings), (true, true, true));
     }
 
     #[test]
