@@ -77,6 +77,13 @@ impl Default for Time {
 const SYSTEM_ZONE: &str = "system";
 
 impl Settings {
+    /// True if some rule may end sessions: the role needs `pg_signal_backend` for that.
+    pub fn ends_sessions(&self) -> bool {
+        let terminates = |breaker| breaker == detect::rule::Breaker::Terminate;
+        let by_exception = self.detect.adjust.iter().filter_map(|adjust| adjust.breaker).any(terminates);
+        self.breaker.per_hour > 0 && (terminates(self.detect.breaker) || by_exception)
+    }
+
     /// Reads a settings file.
     ///
     /// # Errors

@@ -18,6 +18,7 @@ const PURE: [&str; 22] = [
     "src/guard/message.rs",
     "src/guard/nudge.rs",
     "src/guard/script.rs",
+    "src/guard/testimony.rs",
     "src/notify/message.rs",
     "src/notify/queue.rs",
     "src/repo/archiver/plan.rs",

@@ -20,7 +20,7 @@ use crate::detect::Actor;
 use crate::pg::{PgTime, Xid};
 
 /// What the breaker may do: the `[breaker]` table of the settings. Rules say when.
-#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     /// Sessions that are ended within an hour at most: a rule that is wrong must not stop a whole application. 0: none,
@@ -28,6 +28,12 @@ pub struct Config {
     pub per_hour: u32,
     /// Roles whose sessions are never ended.
     pub spare: Vec<String>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { per_hour: 3, spare: Vec::new() }
+    }
 }
 
 /// A transaction and the session that runs it.

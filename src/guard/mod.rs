@@ -9,7 +9,7 @@
 //! install    that SQL                         -> a database; and what is there against what should be
 //! message    the box's messages in the WAL    -> who did it                                      (pure)
 //! flashback  a snapshot from before           -> rows that are gone
-//! testimony  those of open transactions       -> who did it, together with what was seen         (pure)
+//! testimony  those messages, and a sample     -> who did it, and whether they agree             (pure)
 //! protection triggers, rules, policies        -> what is gone since the last look
 //! ```
 
@@ -31,7 +31,6 @@ pub use breaker::Breaker;
 pub use message::GuardMessage;
 pub use protection::Losses;
 pub use sessions::{Sampler, Sessions};
-pub use testimony::Testimony;
 
 /// How the agent finds out who is at work: the `[who]` table of the settings.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

@@ -7,6 +7,8 @@
 //! derived   indexes -> repository   beside the WAL, once that is archived
 //! backups   server -> repository    when there is none, when WAL was lost, on schedule
 //! lease     one agent per cluster   renews; a lease that is lost ends the agent
+//! breaker   SQL                     ends sessions where a rule asks for it, and writes down what came of it
+//! evidence  SQL -> repository       saves the rows that an incident took away
 //! flashback SQL                     holds snapshots through which deleted rows stay readable
 //! protection SQL                    what protects tables, and what is gone of it
 //! sessions  SQL                     who is at work; nudges WAL of open transactions out of the server
@@ -37,8 +39,10 @@
 
 mod archive;
 mod backups;
+pub mod breaker;
 mod capture;
 mod derived;
+pub mod evidence;
 pub mod flashback;
 mod lease;
 mod loops;

@@ -200,8 +200,9 @@ async fn what_the_role_may_not_do_is_said_and_the_cap_holds() {
         outcomes.push(breaker.terminate(&its, now + jiff::SignedDuration::from_mins(minutes)).await.outcome);
     }
     assert_eq!(outcomes, [Outcome::Terminated, Outcome::Terminated, Outcome::CapReached, Outcome::Terminated]);
-    let off = Breaker::new(ConnInfo::parse(&cluster.conninfo(), &Environment::default()).unwrap(), Config::default());
-    assert_eq!({ off }.terminate(&its, now).await.outcome, Outcome::CapReached, "off unless it is switched on");
+    let off = Config { per_hour: 0, ..Config::default() };
+    let mut off = Breaker::new(ConnInfo::parse(&cluster.conninfo(), &Environment::default()).unwrap(), off);
+    assert_eq!(off.terminate(&its, now).await.outcome, Outcome::CapReached, "off unless it is switched on");
 
     cluster.sql("REVOKE pg_signal_backend FROM walguard").await;
     let client = cluster.try_client("shop").await.unwrap();

@@ -31,7 +31,7 @@ async fn granted(major: u32, settings: &str) -> (Cluster, ConnInfo) {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_printed_is_enough_for_what_is_switched_on_and_not_for_the_rest() {
     for (major, is_on) in [(15, true), (17, false), (18, true)] {
-        let settings = if is_on { "[breaker]\nper_hour = 1\n[flashback]\nevidence = true" } else { "" };
+        let settings = if is_on { "[detect]\nbreaker = \"terminate\"\n[flashback]\nevidence = true" } else { "" };
         let (cluster, info) = granted(major, settings).await;
         let mut sampler = Sampler::connect(&info).await.unwrap();
         let wiper = cluster.try_client("shop").await.unwrap();

@@ -2,6 +2,7 @@
 #![allow(clippy::large_futures, reason = "a test's stack is its own")]
 
 mod agent;
+mod answer;
 mod archive;
 mod archived_wal;
 mod backup;

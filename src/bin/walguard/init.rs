@@ -140,9 +140,9 @@ fn grants(settings: &Settings, environment: &Environment) -> anyhow::Result<Stri
          GRANT pg_monitor TO {role};\n\
          GRANT CONNECT ON DATABASE {database} TO {role};\n"
     );
-    if settings.breaker.per_hour > 0 {
+    if settings.ends_sessions() {
         sql += &format!(
-            "-- The breaker ends sessions of others (breaker.per_hour), but no superuser's.\n\
+            "-- Rules with breaker = \"terminate\" end sessions of others, but no superuser's.\n\
              GRANT pg_signal_backend TO {role};\n"
         );
     }
@@ -203,8 +203,10 @@ mod tests {
         assert_eq!(count(&settings), (false, false, false));
         settings.flashback.evidence = true;
         assert_eq!(count(&settings), (false, true, true));
-        settings.breaker.per_hour = 1;
+        settings.detect.breaker = walguard::detect::rule::Breaker::Terminate;
         assert_eq!(count(&settings), (true, true, true));
+        settings.breaker.per_hour = 0;
+        assert_eq!(count(&settings), (false, true, true));
     }
 
     #[test]
