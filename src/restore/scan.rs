@@ -11,6 +11,7 @@ use crate::decode::{DecodeError, Record};
 use crate::pg::{Lsn, PgTime, Xid};
 use crate::repo::index::SegmentIndex;
 use crate::repo::index::format::TransactionEnd as IndexedEnd;
+use crate::repo::index::summary::{Commit, Summary};
 
 /// What a scan looks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -193,6 +194,31 @@ impl Scan {
             self.found.named.extend(places.map(|point| (point.end, point.time)));
         }
         self.more()
+    }
+
+    /// True if recovery may stop as well in the next segments as far on.
+    pub(super) const fn is_before_the_stop(&self) -> bool {
+        self.found.stop.is_none() && !self.met
+    }
+
+    /// Takes the sum of the indexes of segments in which recovery does not stop in their place, as far as
+    /// [`Scan::is_before_the_stop`]. Restore points and checkpoints are not in it.
+    pub(super) fn pass_over_many(&mut self, summary: &Summary) {
+        let Some((lsn, end)) = summary.last else { return };
+        self.found.end = Some(end);
+        self.found.latest = self.found.latest.max(summary.latest);
+        self.last = Some(Span { lsn, end });
+        self.found.ends_with_transaction = summary.ends_with_transaction;
+        self.found.last_ends = match summary.last_ends {
+            [None, _] => self.found.last_ends,
+            [last, None] => [last, self.found.last_ends[0]],
+            both => both,
+        };
+        let kept = summary.last_commit.map(|Commit { lsn, end, xid, time }| Transaction { lsn, end, xid, time });
+        self.found.kept = kept.or(self.found.kept);
+        if let Some(new) = &summary.parameters {
+            self.found.parameters = Some(greatest(&self.found.parameters.unwrap_or_default(), new));
+        }
     }
 
     /// What was found. `latest` and everything behind the stop know only what was seen.

@@ -1,8 +1,8 @@
 //! Archived WAL along a path -> what a scan finds in it, reading as little of it as indexes allow.
 //!
 //! A segment's index says where its transactions end, and so whether recovery may stop in it. Only where it may, and where
-//! there is no index, the WAL itself is read; of all other segments the index tells the same as their records would. What
-//! is found does therefore not depend on which indexes are there.
+//! there is no index, the WAL itself is read; of all other segments the index tells the same as their records would, and of
+//! many of them together a merged index does. What is found does therefore not depend on which indexes are there.
 
 use futures_util::{StreamExt as _, stream};
 use tokio_util::sync::CancellationToken;
@@ -15,8 +15,9 @@ use crate::backoff::Chain;
 use crate::decode::{DecodeError, Reader, Source, WalMajor};
 use crate::pg::{Lsn, SegmentName, SegmentNumber, TimelineHistory};
 use crate::progress::Progress;
-use crate::repo::catalog::Catalog;
-use crate::repo::index::SegmentIndex;
+use crate::repo::catalog::{Catalog, LsnRange};
+use crate::repo::index::summary::Summary;
+use crate::repo::index::{SegmentIndex, lookup};
 use crate::repo::{RepoError, Repository, SegmentRead};
 
 /// Bytes of WAL read ahead of the decoder: four segments of the usual size hide a store's latency. Of larger segments
@@ -25,6 +26,9 @@ const READ_AHEAD_BYTES: u64 = 64 << 20;
 
 /// Indexes read ahead. They are small, and a store's latency is all that they cost.
 const INDEXES_AHEAD: usize = 16;
+
+/// Segments that are passed over at once, or else one by one.
+const JUMP_MIN: u64 = 4;
 
 /// Where to look.
 pub(super) struct Search<'a> {
@@ -63,6 +67,16 @@ impl Search<'_> {
     /// # Errors
     /// If the store fails; WAL that is damaged is part of what is found.
     pub(super) async fn run(&self, goal: Goal, from: Lsn, to: Lsn) -> Result<Found, RestoreError> {
+        let (found, jumped) = self.run_with(goal.clone(), from, to, !self.everything).await?;
+        // Then the checkpoint with which the backup begins must tell that it began before the time, and sums have none.
+        if jumped && matches!(goal, Goal::Time { .. }) && found.scanned.last_ends[0].is_none() {
+            return Ok(self.run_with(goal, from, to, false).await?.0);
+        }
+        Ok(found)
+    }
+
+    /// As [`Search::run`]; also whether many segments were passed over at once, which happens only if it `may_jump`.
+    async fn run_with(&self, goal: Goal, from: Lsn, to: Lsn, may_jump: bool) -> Result<(Found, bool), RestoreError> {
         let identity = &self.catalog.identity;
         let size = identity.segment_size;
         let major = WalMajor::of_server(identity.server_version)
@@ -71,11 +85,34 @@ impl Search<'_> {
         let first = size.segment_of(from);
         let last = size.segment_of(Lsn::new(to.bytes().saturating_sub(1)));
         self.progress.begin("look through archived WAL", Some(to.saturating_sub(size.start_of(first))));
-        let mut pieces = std::pin::pin!(self.pieces(first, last, from, to));
-        let mut pass = Pass { source, reader: None, scan: Scan::new(goal, from), from };
+        let mut pass = Pass { source, reader: None, scan: Scan::new(goal.clone(), from), from };
         let mut found = Found { scanned: Scanned::default(), to: from, problem: None, segments_read: 0 };
-        while let Some(piece) = cancellable(self.cancel, pieces.next()).await? {
+        // Until a jump was tried the segments are taken one by one: no record of a segment before may go on behind it.
+        let (mut may_jump, mut jumped) = (may_jump, false);
+        let mut until = if may_jump { first } else { last };
+        let mut came_to = None;
+        let mut pieces = self.pieces(first, until, last, from, to).boxed();
+        loop {
+            let Some(piece) = cancellable(self.cancel, pieces.next()).await? else {
+                if until >= last || came_to != Some(until) {
+                    break;
+                }
+                let mut next = until.next();
+                if may_jump && pass.is_clear() {
+                    may_jump = false;
+                    if let Some((landing, summary)) = self.jump(&goal, next, last, to).await? {
+                        pass.pass_over_many(&summary);
+                        found.to = size.start_of(landing);
+                        self.progress.advance(found.to.saturating_sub(size.start_of(next)));
+                        (next, jumped) = (landing, true);
+                    }
+                }
+                until = if may_jump { next } else { last };
+                pieces = self.pieces(next, until, last, from, to).boxed();
+                continue;
+            };
             let Piece { name, reach, index, wal } = piece?;
+            came_to = Some(name.number);
             let passed = index.as_ref().and_then(|index| pass.pass_over(index));
             let more = match passed {
                 Some(more) => {
@@ -132,21 +169,80 @@ impl Search<'_> {
         }
         self.progress.end();
         found.scanned = pass.scan.finish();
-        Ok(found)
+        Ok((found, jumped))
     }
 
-    /// The segments of the path from `first` to `last`, each with its index or, where that does not serve, its WAL.
+    /// The first segment from `at` on in which recovery may stop, and the sum of the indexes of those before it; `None` if
+    /// some of these have no index, or if they are so few that their own indexes do.
+    async fn jump(
+        &self,
+        goal: &Goal,
+        at: SegmentNumber,
+        last: SegmentNumber,
+        to: Lsn,
+    ) -> Result<Option<(SegmentNumber, Summary)>, RestoreError> {
+        let size = self.catalog.identity.segment_size;
+        let lookup = self.repo.lookup(self.path.clone(), size);
+        let whole = LsnRange { from: size.start_of(at), to: size.start_of(last) };
+        if whole.from >= whole.to {
+            return Ok(None);
+        }
+        let number = |found: Option<lookup::Found>| match found {
+            Some(lookup::Found::Segment(name, _) | lookup::Found::Unindexed(name)) => name.number,
+            None => last,
+        };
+        let landing = match goal {
+            Goal::Time { at, exclusive } => {
+                number(cancellable(self.cancel, lookup.first_end_after(whole, *at, *exclusive)).await??)
+            }
+            Goal::Xid { xid, .. } => number(cancellable(self.cancel, lookup.end_of(whole, *xid)).await??),
+            // The last record that begins before it may end behind it.
+            Goal::Lsn(lsn) => SegmentNumber::new(size.segment_of(*lsn).get().saturating_sub(1)),
+            Goal::End => last,
+            // All places of a name are looked for.
+            Goal::Name(_) => return Ok(None),
+        };
+        let landing = landing.min(last);
+        if landing.get() < at.get() + JUMP_MIN {
+            return Ok(None);
+        }
+        let summary = async |landing: SegmentNumber| {
+            let passed = LsnRange { from: size.start_of(at), to: size.start_of(landing) };
+            cancellable(self.cancel, lookup.summary(passed)).await
+        };
+        let (mut landing, (mut sum, mut unindexed)) = (landing, summary(landing).await??);
+        // The newest segments may have no index yet.
+        if let Some(first) = unindexed.first().map(|unindexed| unindexed.first.number) {
+            landing = first;
+            if landing.get() < at.get() + JUMP_MIN {
+                return Ok(None);
+            }
+            (sum, unindexed) = summary(landing).await??;
+        }
+        // What goes on into the landing's segment is in the sum, unless a timeline ends in between.
+        let is_whole = unindexed.is_empty() && sum.segments == landing.get() - at.get();
+        let is_one_timeline = self.path.timeline_at(size.start_of(at)) == self.path.timeline_at(size.end_of(landing));
+        let ends = sum.last.is_none_or(|(_, end)| match goal {
+            Goal::Lsn(lsn) => end <= scan::padded(*lsn),
+            _ => end <= size.end_of(landing).min(to),
+        });
+        Ok((is_whole && is_one_timeline && ends).then_some((landing, sum)))
+    }
+
+    /// The segments of the path from `first` to `until`, each with its index or, where that does not serve, its WAL. `last` is
+    /// the last that is searched.
     fn pieces(
         &self,
         first: SegmentNumber,
+        until: SegmentNumber,
         last: SegmentNumber,
         from: Lsn,
         to: Lsn,
-    ) -> impl stream::Stream<Item = Result<Piece, RestoreError>> + '_ {
+    ) -> impl stream::Stream<Item = Result<Piece, RestoreError>> + Send + '_ {
         let size = self.catalog.identity.segment_size;
         let file_of = move |number: u64| path::file_of(self.catalog, self.path, SegmentNumber::new(number));
         let ahead = usize::try_from((READ_AHEAD_BYTES / size.bytes()).clamp(1, 4)).unwrap_or(1);
-        stream::iter(first.get()..=last.get())
+        stream::iter(first.get()..=until.get())
             .map(move |number| Some((file_of(number)?, (number < last.get()).then(|| file_of(number + 1)).flatten())))
             .take_while(|file| std::future::ready(file.is_some()))
             .filter_map(std::future::ready)
@@ -203,6 +299,16 @@ struct Pass {
 }
 
 impl Pass {
+    /// True if no record that was begun is unfinished, and the stop is not reached.
+    fn is_clear(&self) -> bool {
+        self.reader.as_ref().is_none_or(Reader::is_between_records) && self.scan.is_before_the_stop()
+    }
+
+    fn pass_over_many(&mut self, summary: &Summary) {
+        self.reader = None;
+        self.scan.pass_over_many(summary);
+    }
+
     /// Takes a segment's index in its place, if that is possible: not while a record of a segment before goes on in it.
     fn pass_over(&mut self, index: &SegmentIndex) -> Option<More> {
         let is_between = self.reader.as_ref().is_none_or(Reader::is_between_records);
