@@ -13,8 +13,8 @@ use super::path;
 use super::plan::{RestorePlan, cancellable};
 use crate::decode::change::RowCounts;
 use crate::decode::{Change, DecodeError, Reader, Source, WalMajor};
-use crate::detect::{Limits, Owner, Owners, Relation, Transaction, Transactions};
-use crate::pg::{Lsn, PgTime, RelFile, SegmentNumber, Xid};
+use crate::detect::{Limits, Names, NamesLimits, NamesSnapshot, Observer, Relation, Transaction};
+use crate::pg::{Lsn, PgTime, RelFile, SegmentName, SegmentNumber};
 use crate::progress::Progress;
 use crate::repo::Repository;
 use crate::repo::catalog::LsnRange;
@@ -89,8 +89,18 @@ pub async fn loss(
     let Some(major) = WalMajor::of_server(identity.server_version) else { return Ok(Loss::default()) };
     let source = Source { major, segment_size: size, system_id: Some(identity.system_id) };
     progress.begin("count what would be lost", None);
-    let mut counting =
-        Counting { repo, plan, source, cancel, sums: Sums::default(), names: BTreeMap::new(), notes: Vec::new() };
+    let stop = SegmentName { timeline: plan.reached().timeline, number: size.segment_of(plan.stop.lsn), size };
+    let snapshot = cancellable(cancel, repo.names_before(&plan.whole_path, &stop, major)).await??;
+    let mut counting = Counting {
+        repo,
+        plan,
+        source,
+        cancel,
+        sums: Sums::default(),
+        names: BTreeMap::new(),
+        snapshot: snapshot.map(|(_, snapshot)| snapshot),
+        notes: Vec::new(),
+    };
     let counted = counting.run().await;
     progress.end();
     counted?;
@@ -104,6 +114,8 @@ struct Counting<'a> {
     cancel: &'a CancellationToken,
     sums: Sums,
     names: BTreeMap<RelFile, Arc<Relation>>,
+    /// What relations were called some time before the stop.
+    snapshot: Option<NamesSnapshot>,
     notes: Vec<String>,
 }
 
@@ -172,7 +184,7 @@ impl Counting<'_> {
 
     /// The segment to begin with, so that the transactions that end in `first` are seen from their first record on; and
     /// whether that is sure.
-    async fn begin(&self, first: SegmentNumber) -> Result<(SegmentNumber, bool), RestoreError> {
+    async fn begin(&self, first: SegmentNumber, is_stop: bool) -> Result<(SegmentNumber, bool), RestoreError> {
         let size = self.source.segment_size;
         let earliest =
             SegmentNumber::new(first.get().saturating_sub(BACK_MAX)).max(size.segment_of(self.plan.backup.start));
@@ -189,25 +201,33 @@ impl Counting<'_> {
             return Ok((SegmentNumber::new(first.get().saturating_sub(2)).max(earliest), false));
         };
         // The last transaction that is kept may have ended in a segment before.
-        let kept = self.plan.kept.map_or(first, |kept| size.segment_of(kept.lsn));
+        let kept = self.plan.kept.filter(|_| is_stop).map_or(first, |kept| size.segment_of(kept.lsn));
         let open = index.resume_from.map_or(first, |lsn| size.segment_of(lsn));
         Ok((open.min(kept).clamp(earliest, first), open >= earliest))
     }
 
-    fn file_of(&self, segment: SegmentNumber) -> Option<(crate::pg::SegmentName, Lsn)> {
+    fn file_of(&self, segment: SegmentNumber) -> Option<(SegmentName, Lsn)> {
         path::file_of(self.plan.catalog.as_deref()?, &self.plan.whole_path, segment)
     }
 
     /// Counts what committed in `range`, which lies in the segments from `first` to `last`. Some before are read for the
     /// beginnings of transactions, and one behind where a record goes on in it.
     async fn read(&mut self, first: SegmentNumber, last: SegmentNumber, range: LsnRange) -> Result<(), RestoreError> {
-        let (first, is_from_start) = self.begin(first).await?;
+        let is_stop = range.from == self.plan.stop.lsn;
+        let (first, is_from_start) = self.begin(first, is_stop).await?;
+        // The snapshot may be older than what is read: of files made in between, the indexes tell the names.
+        let names = match self.snapshot.clone() {
+            Some(snapshot) => Names::import(self.source.major, NamesLimits::default(), snapshot),
+            None => Names::new(self.source.major, NamesLimits::default()),
+        };
         let mut pass = Pass {
             reader: Reader::at_page(self.source, self.source.segment_size.start_of(first)),
-            transactions: Transactions::new(Limits::default(), is_from_start),
+            observer: Observer::new(names, Limits::default(), is_from_start),
+            names: BTreeMap::new(),
             range,
-            kept: self.plan.kept.map(|kept| kept.lsn),
-            lost: self.plan.lost.map(|lost| lost.lsn),
+            // Elsewhere only the ends of these may be seen.
+            kept: self.plan.kept.filter(|_| is_stop).map(|kept| kept.lsn),
+            lost: self.plan.lost.filter(|_| is_stop).map(|lost| lost.lsn),
             sums: std::mem::take(&mut self.sums),
             done: false,
         };
@@ -243,6 +263,7 @@ impl Counting<'_> {
             }
         }
         self.sums = pass.sums;
+        self.names.extend(pass.names);
         Ok(())
     }
 
@@ -287,18 +308,10 @@ fn by_table(files: &Files, names: &BTreeMap<RelFile, Arc<Relation>>) -> Vec<Tabl
     tables
 }
 
-/// Whose the files are is asked when all is counted.
-struct Unnamed;
-
-impl Owners for Unnamed {
-    fn owner(&self, _: RelFile, _: Option<Xid>) -> Owner {
-        Owner::Unknown
-    }
-}
-
 struct Pass {
     reader: Reader,
-    transactions: Transactions,
+    observer: Observer,
+    names: BTreeMap<RelFile, Arc<Relation>>,
     /// Commits whose records begin here count.
     range: LsnRange,
     kept: Option<Lsn>,
@@ -317,7 +330,7 @@ impl Pass {
                 return Ok(());
             }
             let change = Change::read(&record)?;
-            let ended = self.transactions.see(&change, &Unnamed);
+            let ended = self.observer.see(&record, &change);
             if let Some(ended) = ended.filter(|ended| ended.committed) {
                 self.count(&ended);
             }
@@ -326,6 +339,11 @@ impl Pass {
     }
 
     fn count(&mut self, ended: &Transaction) {
+        for tally in &ended.tallies {
+            if let Some(relation) = &tally.relation {
+                self.names.insert(tally.file, relation.clone());
+            }
+        }
         let files = || ended.tallies.iter().map(|tally| (tally.file, tally.counts)).collect();
         if self.kept == Some(ended.lsn) {
             self.sums.kept = Some((files(), ended.is_complete));
