@@ -12,6 +12,7 @@ mod proxy;
 mod receiver;
 mod restored;
 mod s3;
+pub(crate) mod webhook;
 
 use std::fs;
 use std::future::Future;
