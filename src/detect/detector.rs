@@ -38,8 +38,12 @@ const ACTIVE_MAX: usize = 256;
 /// Small losses that may turn out to be the beginning of an incident.
 const LEADS_MAX: usize = 256;
 
-/// An incident that only grows is given again after so long; a new state, a new rule or a new table at once.
+/// An incident that only grows is given again after so long; one with a new finding or table sooner, and at once what is new,
+/// worse than before, or in another state.
 const GROWTH_PAUSE: SignedDuration = SignedDuration::from_secs(5);
+
+/// See [`GROWTH_PAUSE`]: eighteen tables within a second are three revisions, not eighteen.
+const NEWS_PAUSE: SignedDuration = SignedDuration::from_millis(500);
 
 /// A database is wiped if at least so many of its tables, and half of those with rows, are lost.
 const WIPE_TABLES_MIN: usize = 3;
@@ -122,12 +126,26 @@ struct Active {
     open: Vec<OpenPart>,
     change: Option<Change>,
     given_at: Option<Timestamp>,
+    /// When something was added last.
+    touched_at: Timestamp,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Change {
     Growth,
     News,
+    Urgent,
+}
+
+impl Change {
+    /// How long it may wait after the incident was given last.
+    const fn pause(self) -> SignedDuration {
+        match self {
+            Self::Growth => GROWTH_PAUSE,
+            Self::News => NEWS_PAUSE,
+            Self::Urgent => SignedDuration::ZERO,
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -152,7 +170,46 @@ struct Lead {
 }
 
 /// Who is asked for a transaction's author.
-pub type Witness<'a> = &'a mut dyn FnMut(Xid) -> Who;
+pub type Witness<'a> = &'a mut dyn FnMut(&Asked) -> Who;
+
+/// Whose author is asked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Asked {
+    /// The transaction.
+    pub xid: Option<Xid>,
+    /// When it ended; `None` if it is open.
+    pub ended: Option<PgTime>,
+    /// Its database's name, if that is known.
+    pub database: Option<String>,
+    /// Some of the tables that it touched, by name alone.
+    pub tables: Vec<String>,
+}
+
+impl Asked {
+    fn of(xid: Option<Xid>, ended: Option<PgTime>, damages: &[Damage], ddl: &[DdlEvent]) -> Self {
+        let relations = damages.iter().map(|damage| &damage.relation);
+        let mut relations = relations.chain(ddl.iter().filter_map(|event| event.relation.as_ref())).peekable();
+        let database = relations.peek().map(|relation| relation.database_name.clone()).filter(|name| !name.is_empty());
+        let tables = relations.map(|relation| relation.name.clone()).filter(|name| !name.is_empty());
+        Self { xid, ended, database, tables: tables.take(TABLES_ASKED_MAX).collect() }
+    }
+
+    fn known(transaction: &IncidentTransaction, tables: &[TableDamage]) -> Self {
+        let relations = tables.iter().filter_map(|table| table.relation.as_ref());
+        Self {
+            xid: transaction.xid,
+            ended: transaction.time,
+            database: relations.clone().map(|relation| relation.database_name.clone()).find(|name| !name.is_empty()),
+            tables: relations.map(|relation| relation.name.clone()).take(TABLES_ASKED_MAX).collect(),
+        }
+    }
+}
+
+/// Names that tell a statement apart from others.
+const TABLES_ASKED_MAX: usize = 16;
+
+/// A witness may know more for so long: the sample that is being taken, and the next one.
+const WITNESS_PATIENCE: SignedDuration = SignedDuration::from_secs(3);
 
 /// Whose findings these are, for grouping.
 #[derive(Debug, Default)]
@@ -217,6 +274,47 @@ impl Detector {
         self.parents = parents.into_iter().take(65_536).collect();
     }
 
+    /// Asks again who it was where that is not certain and may still come to light.
+    pub fn ask_again(&mut self, who: Witness<'_>, now: Timestamp) {
+        for active in &mut self.active {
+            if now.duration_since(active.touched_at) > WITNESS_PATIENCE || active.incident.is_condition() {
+                continue;
+            }
+            let mut is_better = false;
+            let Incident { transactions, tables, .. } = &mut active.incident;
+            for transaction in transactions.iter_mut().filter(|known| known.who.source < super::WhoSource::Activity) {
+                let found = who(&Asked::known(transaction, tables));
+                if found.source > transaction.who.source {
+                    active.sessions.extend(session_of(&found));
+                    transaction.who = found;
+                    is_better = true;
+                }
+            }
+            if is_better {
+                active.change = Some(Change::News);
+            }
+        }
+    }
+
+    /// The ids of the incidents that somebody may have answered meanwhile.
+    pub fn unanswered(&self) -> Vec<String> {
+        let open = self.active.iter().map(|active| &active.incident);
+        open.filter(|incident| incident.state != State::Resolved).map(|incident| incident.id.clone()).collect()
+    }
+
+    /// Whether a rule spoke of something by that name lately.
+    pub fn spoke_of(&self, rule: RuleName, name: &str) -> bool {
+        let mut findings = self.active.iter().flat_map(|active| &active.incident.findings);
+        findings.any(|finding| finding.rule == rule && finding.text.contains(name))
+    }
+
+    /// The first place in the WAL that is seen. If that is behind what was remembered, row counts are estimates from now on.
+    pub fn begins_at(&mut self, lsn: Lsn) {
+        if self.learned_to != Lsn::ZERO && lsn > self.learned_to {
+            self.live.doubt_all();
+        }
+    }
+
     /// Somebody answered an incident: it is as it is in the repository.
     pub fn answered(&mut self, incident: &Incident) {
         if let Some(active) = self.active.iter_mut().find(|active| active.incident.id == incident.id) {
@@ -250,7 +348,7 @@ impl Detector {
         let damages = damages(&work, &self.live);
         let sums = self.count(transaction, &damages);
         let is_judged = transaction.lsn <= self.judged_to && suspicion.is_none();
-        let known = (!is_judged).then(|| self.author_if_asked(transaction.xid, &damages, &work, who)).flatten();
+        let known = (!is_judged).then(|| self.author_if_asked(transaction, &damages, &work, who)).flatten();
         let author = known.unwrap_or_default();
         let judge = Judge {
             config: &self.config,
@@ -272,7 +370,13 @@ impl Detector {
     }
 
     /// Asks who it was, where a rule or an exception could want to know.
-    fn author_if_asked(&self, xid: Option<Xid>, damages: &[Damage], work: &Work<'_>, who: Witness<'_>) -> Option<Who> {
+    fn author_if_asked(
+        &self,
+        transaction: &Transaction,
+        damages: &[Damage],
+        work: &Work<'_>,
+        who: Witness<'_>,
+    ) -> Option<Who> {
         let may_matter = |damage: &Damage| {
             let rows = damage.counts.deleted.saturating_add(damage.counts.updated).saturating_add(damage.counts.moved);
             let few = self.config.rows_updated_min.min(self.config.rows_deleted_min);
@@ -282,7 +386,7 @@ impl Detector {
         // Looked up on suspicion only: whole streams of small deletes would ask each time.
         let is_needed =
             matters && (self.asks_people() || !self.active.is_empty() || damages.iter().any(|d| d.lost() > 0));
-        is_needed.then(|| xid.map(who)).flatten()
+        is_needed.then(|| who(&Asked::of(transaction.xid, Some(transaction.time), damages, work.ddl)))
     }
 
     fn asks_people(&self) -> bool {
@@ -390,7 +494,7 @@ impl Detector {
         }
         let text = format!("transaction {} rolled back", name_of(transaction.xid));
         active.incident.moment(Moment { at: transaction.time.timestamp(), lsn: Some(transaction.lsn), text });
-        active.change = Some(Change::News);
+        active.change = Some(Change::Urgent);
     }
 
     /// Finds the incident that findings belong to, or begins one.
@@ -511,7 +615,7 @@ impl Detector {
         };
         let leads: Vec<Lead> = self.leads.extract_if(.., belongs).collect();
         for lead in leads {
-            let who = lead.xid.map(&mut *who).unwrap_or_default();
+            let who = who(&Asked::of(lead.xid, Some(lead.time), &lead.damages, &[]));
             active.add_transaction(
                 IncidentTransaction {
                     xid: lead.xid,
@@ -591,7 +695,7 @@ impl Detector {
                 let touches: Vec<Touch> = self.windows.touches(table).copied().collect();
                 active.incident.transactions_more += transactions.saturating_sub(touches.len() as u64);
                 for touch in touches.into_iter().filter(|touch| touch.lsn != transaction.lsn) {
-                    let who = touch.xid.map(&mut *who).unwrap_or_default();
+                    let who = who(&Asked::of(touch.xid, Some(touch.time), damages, &[]));
                     active.add_transaction(touch.told(who), true, true);
                 }
             }
@@ -638,7 +742,13 @@ impl Detector {
             let at = transaction.time.timestamp();
             active.incident.moment(Moment { at, lsn: Some(transaction.lsn), text: texts.join("; ") });
         }
-        let change = if is_news || part.is_some() { Change::News } else { Change::Growth };
+        active.touched_at = *now;
+        let worst = drafts.iter().map(|draft| draft.severity).max().unwrap_or_default();
+        let change = match is_news {
+            _ if part.is_some() || worst > active.incident.severity => Change::Urgent,
+            true => Change::News,
+            false => Change::Growth,
+        };
         active.change = active.change.max(Some(change));
     }
 
@@ -677,7 +787,7 @@ impl Detector {
         if !self.asks_people() && judge.drafts(&work, &damages).is_empty() {
             return;
         }
-        let author = who(open.xid);
+        let author = who(&Asked::of(Some(open.xid), None, &damages, open.ddl));
         let drafts = Judge { who: &author, ..judge }.drafts(&work, &damages);
         if drafts.is_empty() {
             return;
@@ -714,6 +824,7 @@ impl Detector {
         active.incident.seen_to = active.incident.seen_to.max(open.lsn);
         if is_news || known.is_none() {
             active.change = Some(Change::News);
+            active.touched_at = now;
         }
         let id = active.incident.id.clone();
         let wanted = drafts.iter().find(|draft| draft.breaker == Breaker::Terminate);
@@ -783,7 +894,7 @@ impl Detector {
         if worse {
             incident.note(now, text);
         }
-        active.change = active.change.max(Some(if worse { Change::News } else { Change::Growth }));
+        active.change = active.change.max(Some(if worse { Change::Urgent } else { Change::Growth }));
     }
 
     /// What was wrong is well again.
@@ -797,23 +908,18 @@ impl Detector {
                 // A condition can always be resolved once.
                 let _ = incident.resolve(Signature { by: "walguard".to_owned(), at: now, note });
                 incident.ended_at = now;
-                active.change = Some(Change::News);
+                active.change = Some(Change::Urgent);
             }
         }
     }
 
-    /// The incidents that are new or changed since they were last given, the first one first. An incident that only grows
-    /// is given every five seconds.
+    /// The incidents that are new or changed since they were last given, the first one first. What only grows waits a little.
     pub fn take_changed(&mut self, now: Timestamp) -> Vec<Incident> {
         let mut changed = Vec::new();
         for active in &mut self.active {
-            let is_due = match active.change {
-                None => false,
-                Some(Change::News) => true,
-                Some(Change::Growth) => {
-                    active.given_at.is_none_or(|given| now.duration_since(given) >= GROWTH_PAUSE || now < given)
-                }
-            };
+            let is_due = active.change.is_some_and(|change| {
+                active.given_at.is_none_or(|given| now.duration_since(given) >= change.pause() || now < given)
+            });
             if is_due {
                 active.change = None;
                 active.given_at = Some(now);
@@ -831,12 +937,11 @@ impl Detector {
 
     /// When [`Detector::take_changed`] must be asked although nothing comes; `None` if nothing waits.
     pub fn wake_at(&self) -> Option<Timestamp> {
-        let waiting = self.active.iter().filter(|active| active.change.is_some());
-        waiting
-            .map(|active| {
-                active.given_at.map_or(Timestamp::MIN, |given| given.saturating_add(GROWTH_PAUSE).unwrap_or(given))
-            })
-            .min()
+        let due = |active: &Active| {
+            let change = active.change?;
+            Some(active.given_at.map_or(Timestamp::MIN, |given| given.saturating_add(change.pause()).unwrap_or(given)))
+        };
+        self.active.iter().filter_map(due).min()
     }
 
     /// The transactions whose sessions should be terminated now, each given once.
@@ -999,6 +1104,7 @@ impl Active {
             open: Vec::new(),
             change: None,
             given_at: None,
+            touched_at: incident.updated_at,
             incident,
         };
         for relation in active.incident.tables.iter().filter_map(|table| table.relation.as_ref()) {

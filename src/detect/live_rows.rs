@@ -3,7 +3,7 @@
 //! Only commits count. A number is as sure as what it began from: exact from an exact count, from the table's own creation
 //! and from a `TRUNCATE`; an estimate from the server's statistics, and after anything that could not be counted.
 
-use foldhash::HashMap;
+use foldhash::{HashMap, HashSet};
 
 use super::incident::Rows;
 use super::{Relation, Transaction};
@@ -20,6 +20,9 @@ pub const fn key_of(relation: &Relation) -> TableKey {
 /// Tables whose rows are known; each takes about 100 bytes. Of more tables nothing is known.
 const TABLES_MAX: usize = 65_536;
 
+/// A commit is seen by others a moment after its record is written, and so by whoever counts: WAL of that moment.
+const LATE_BYTES: u64 = 1 << 20;
+
 /// A table whose rows come and go at this rate has so many deleted as it ever had at once, twice over, before it is taken
 /// for one of those, and at least so many.
 const CHURN_ROWS_MIN: u64 = 20;
@@ -28,6 +31,8 @@ const CHURN_ROWS_MIN: u64 = 20;
 #[derive(Debug, Default)]
 pub struct LiveRows {
     tables: HashMap<TableKey, Live>,
+    /// Databases whose tables were counted since we began.
+    seeded: HashSet<Oid>,
 }
 
 /// One table.
@@ -37,6 +42,12 @@ pub(super) struct Live {
     count: Option<Rows>,
     /// Commits before this place are in the count already.
     as_of: Lsn,
+    /// Those from there up to here may be.
+    #[serde(default)]
+    unsure_to: Lsn,
+    /// Where the last commit that touched it is.
+    #[serde(default)]
+    touched: Option<Lsn>,
     /// The most that it ever had, as far as that was seen.
     peak: u64,
     inserted: u64,
@@ -45,7 +56,7 @@ pub(super) struct Live {
 
 impl Default for Live {
     fn default() -> Self {
-        Self { count: None, as_of: Lsn::ZERO, peak: 0, inserted: 0, deleted: 0 }
+        Self { count: None, as_of: Lsn::ZERO, unsure_to: Lsn::ZERO, touched: None, peak: 0, inserted: 0, deleted: 0 }
     }
 }
 
@@ -72,16 +83,46 @@ impl LiveRows {
         Self::default()
     }
 
-    /// Says how many rows a table had once all commits before `as_of` were done. An estimate does not replace what is
-    /// known exactly. A count is exact only if nothing was committed while it was taken.
+    /// Says how many rows a table had once all commits before `as_of` were done, and no other.
     pub fn seed(&mut self, table: TableKey, rows: Rows, as_of: Lsn) {
+        self.seed_between(table, rows, as_of, as_of);
+    }
+
+    /// Says how many rows a table had when it was counted while the WAL went on from `from` to `to`: the number stays exact
+    /// if nobody touched the table just then. An estimate does not replace what is known exactly.
+    pub fn seed_between(&mut self, table: TableKey, rows: Rows, from: Lsn, to: Lsn) {
         let Some(live) = self.entry(table) else { return };
-        if !rows.exact && live.count.is_some_and(|count| count.exact) || as_of < live.as_of {
+        if !rows.exact && live.count.is_some_and(|count| count.exact) {
             return;
         }
-        live.count = Some(rows);
-        live.as_of = as_of;
+        let late = Lsn::new(from.bytes().saturating_sub(LATE_BYTES));
+        let was_touched = to > from && live.touched.is_some_and(|touched| touched >= late);
+        if live.count.is_some() && from < live.as_of {
+            return; // what the WAL has told since is not in it
+        }
+        live.count = Some(Rows { exact: rows.exact && !was_touched, ..rows });
+        live.as_of = from;
+        live.unsure_to = to;
         live.peak = live.peak.max(rows.count);
+    }
+
+    /// Whether a database's tables were counted since we began.
+    pub fn is_seeded(&self, database: Oid) -> bool {
+        self.seeded.contains(&database)
+    }
+
+    /// A database's tables are counted.
+    pub fn note_seeded(&mut self, database: Oid) {
+        self.seeded.insert(database);
+    }
+
+    /// WAL may have been missed: what was exact is an estimate now.
+    pub fn doubt_all(&mut self) {
+        for live in self.tables.values_mut() {
+            if let Some(count) = &mut live.count {
+                count.exact = false;
+            }
+        }
     }
 
     /// Says how many rows were inserted and deleted in a table in all its life (Postgres: `n_tup_ins` and `n_tup_del` of
@@ -136,7 +177,12 @@ impl LiveRows {
             return; // it is in the count
         }
         live.count = Self::after(before, step);
-        live.as_of = lsn;
+        if lsn < live.unsure_to && step.truncated_to.is_none() {
+            // It may have been counted already.
+            live.count = live.count.map(|count| Rows { exact: false, ..count });
+        }
+        live.as_of = Lsn::new(lsn.bytes().saturating_add(1));
+        live.touched = Some(lsn);
         live.peak = live.peak.max(live.count.map_or(0, |rows| rows.count));
     }
 
@@ -285,6 +331,18 @@ mod tests {
         assert!(live.is_churning(TABLE) && !live.is_churning(shrinking));
         live.seed_history(shrinking, 50_000, 49_000);
         assert!(live.is_churning(shrinking), "its statistics say what we did not see");
+    }
+
+    #[test]
+    fn a_table_that_was_touched_while_it_was_counted_is_not_known_exactly() {
+        let mut live = LiveRows::new();
+        live.seed_between(TABLE, rows(100, true), Lsn::new(10), Lsn::new(20));
+        live.apply(TABLE, Lsn::new(15), &step(0, 1));
+        assert_eq!(live.get(TABLE), Some(rows(99, false)));
+        live.seed_between(TABLE, rows(99, true), Lsn::new(10 + LATE_BYTES), Lsn::new(20 + LATE_BYTES));
+        assert_eq!(live.get(TABLE), Some(rows(99, false)), "its commit may not have been seen yet");
+        live.seed_between(TABLE, rows(99, true), Lsn::new(16 + LATE_BYTES), Lsn::new(20 + LATE_BYTES));
+        assert_eq!(live.get(TABLE), Some(rows(99, true)));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
-use super::detector::{Condition, Detector, OpenWork};
+use super::detector::{Asked, Condition, Detector, OpenWork};
 use super::incident::{Incident, Rows, TransactionState};
 use super::live_rows::key_of;
 use super::rule::{Breaker, Config};
@@ -53,7 +53,7 @@ impl World {
         }
     }
 
-    fn who(&self) -> impl Fn(Xid) -> Who + use<> {
+    fn who(&self) -> impl Fn(&Asked) -> Who + use<> {
         let (session, role) = (self.session, self.role);
         move |_| {
             let Some(pid) = session else { return Who::default() };
@@ -841,9 +841,10 @@ fn a_silence_silences_what_it_covers_and_never_a_wiped_database() {
     let mut world = World::with_tables(&seeds);
     world.detector.set_silences(vec![silence("public.*")]);
     world.delete(&all[0], 50);
+    assert_eq!(world.found.len(), 1);
     assert_eq!(world.found[0].silenced_by.as_ref().unwrap().id, "s1");
     assert!(alarms(&world.found).is_empty());
-    world.delete(&all[1], 50).delete(&all[2], 50);
+    world.delete(&all[1], 50).delete(&all[2], 50).wait(1_000);
     assert!(world.found[0].is_told(), "most of the database is gone");
     let mut world = World::with_tables(&seeds);
     world.detector.set_silences(vec![silence("public.t0")]);
@@ -946,13 +947,51 @@ fn an_answer_is_kept_while_more_is_found_and_a_closed_incident_grows_no_more() {
     let signature = super::incident::Signature { by: "ada".into(), at: at(0), note: None };
     answered.acknowledge(signature.clone()).unwrap();
     world.detector.answered(&answered);
-    world.delete(&t(), 3_000);
+    world.delete(&t(), 3_000).wait(1_000);
     assert_eq!((world.found.len(), world.found[0].state), (1, State::Acknowledged));
     let mut closed = world.found[0].clone();
     closed.resolve(signature).unwrap();
     world.detector.answered(&closed);
     world.insert(&t(), 900).delete(&t(), 900);
     assert_eq!(world.finish().len(), 2);
+}
+
+#[test]
+fn who_it_was_may_come_to_light_a_moment_later() {
+    let mut world = World::with_tables(&[(&t(), 500)]);
+    world.session = None;
+    world.delete(&t(), 500);
+    assert_eq!(world.found[0].notes, ["who did it is not known: nobody saw the session that did it"]);
+    world.session = Some(1);
+    let mut asked = Vec::new();
+    let know = world.who();
+    let now = at(world.millis + 200);
+    world.detector.ask_again(
+        &mut |question| {
+            asked.push(question.clone());
+            know(question)
+        },
+        now,
+    );
+    world.wait(1_000);
+    assert_eq!((asked.len(), asked[0].database.as_deref(), asked[0].tables[0].as_str()), (1, Some("shop"), "t"));
+    assert_eq!(asked[0].ended, Some(time(0)));
+    let incident = &world.found[0];
+    assert_eq!((incident.who().unwrap().source, incident.notes.len()), (WhoSource::Activity, 0));
+    world.detector.ask_again(&mut |_| panic!("it is known"), now);
+}
+
+#[test]
+fn row_counts_are_estimates_if_wal_was_missed_since_they_were_kept() {
+    let mut world = World::with_tables(&[(&t(), 500)]);
+    world.insert(&t(), 10);
+    for (begins, exact) in [(150_000, true), (250_000, false)] {
+        let memory = world.detector.memory(Lsn::new(200_000));
+        let mut detector = Detector::new(Config::default(), TimeZone::UTC, TimelineId::FIRST);
+        detector.remember(memory);
+        detector.begins_at(Lsn::new(begins));
+        assert_eq!(detector.live().get(key_of(&t())), Some(Rows { count: 510, exact }));
+    }
 }
 
 #[test]

@@ -16,6 +16,8 @@
 //!   incidents/<id>/<revision>.json                   each revision a new object
 //!   incidents/<id>/delivered-<channel>-<event>.json  that a channel was told of it
 //!   incidents/<id>/evidence/<schema>.<table>.copy.zst   rows that it took away, as CSV
+//!   silences/<id>.json   silences/<id>.lifted.json   what nobody wants to hear of for a while, and that it is over
+//!   detect/00000001-0000001600000000.zst             what the detector has counted and learned
 //!   gaps/00000001-0000001600000000-0000001700000000.json
 //!   verify/20251217T081400Z.json                     what a verification found
 //!   lease.json                                       the one mutable object
@@ -310,6 +312,31 @@ impl Layout {
     /// What the keys of all such records of an incident begin with.
     pub fn deliveries_prefix(&self, incident: &str) -> String {
         format!("{}/incidents/{incident}/delivered-", self.cluster)
+    }
+
+    /// The folder of all silences.
+    pub fn silences_folder(&self) -> String {
+        format!("{}/silences/", self.cluster)
+    }
+
+    /// A silence.
+    pub fn silence(&self, id: &str) -> String {
+        format!("{}/silences/{id}.json", self.cluster)
+    }
+
+    /// That a silence is ended before its time.
+    pub fn lifted_silence(&self, id: &str) -> String {
+        format!("{}/silences/{id}.lifted.json", self.cluster)
+    }
+
+    /// The folder of what detectors remember.
+    pub fn memories_folder(&self) -> String {
+        format!("{}/detect/", self.cluster)
+    }
+
+    /// What a detector remembers as of a place.
+    pub fn memory(&self, timeline: TimelineId, lsn: Lsn) -> String {
+        format!("{}/detect/{}-{:016X}.zst", self.cluster, timeline.hex(), lsn.bytes())
     }
 
     /// The folder of all gaps.

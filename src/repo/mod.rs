@@ -38,6 +38,7 @@ mod newest;
 pub mod put;
 pub mod retention;
 mod segment;
+pub mod silences;
 pub mod store;
 mod url;
 pub mod verify;

@@ -84,6 +84,12 @@ pub fn render(status: &Status) -> Result<String, fmt::Error> {
     if let Some(age) = status.flashback.xmin_age {
         metrics.number("flashback_xmin_age", "Transactions that began since the oldest that they need", age as f64);
     }
+    metrics.flag("detecting", "The WAL is watched for damage", status.detect.watching);
+    let unseen = status.detect.unseen().count() as f64;
+    metrics.number("incidents_unseen", "Incidents that nobody has acknowledged", unseen);
+    metrics.count("incidents", "Incidents found", status.detect.incidents_total);
+    let unwritten = status.detect.unwritten as f64;
+    metrics.number("incidents_unwritten", "Incidents that wait to be written into the repository", unwritten);
     metrics.number("gaps", "Holes in the archived WAL that this agent found", status.gaps.len() as f64);
     metrics.number("attention", "Things that somebody should look at", status.attention().len() as f64);
     metrics.alarms(status);

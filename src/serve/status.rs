@@ -60,6 +60,8 @@ pub struct Status {
     pub notify: Notify,
     /// Snapshots that are held so that deleted rows stay readable.
     pub flashback: FlashbackStatus,
+    /// The watch for damage.
+    pub detect: DetectStatus,
     /// Holes in the archived WAL that this agent found, in the order in which it did.
     pub gaps: Vec<GapSeen>,
     /// What somebody must look at, by name.
@@ -231,6 +233,65 @@ pub struct Notify {
     pub unrecorded: u64,
     /// What is wrong with these records now.
     pub trouble: Option<Trouble>,
+}
+
+/// The watch for damage.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
+pub struct DetectStatus {
+    /// True while the WAL is watched.
+    pub watching: bool,
+    /// How far it was looked at when its end was reached last.
+    pub looked_to: Option<Position>,
+    /// Tables whose rows are known.
+    pub tables: u64,
+    /// Why rows cannot be counted, if they cannot.
+    pub rows_trouble: Option<String>,
+    /// Incidents found since the agent was started.
+    pub incidents_total: u64,
+    /// Incidents that wait to be written into the repository.
+    pub unwritten: u64,
+    /// The newest incidents that are not closed, by id.
+    pub open: Vec<IncidentSeen>,
+}
+
+/// An incident in short.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct IncidentSeen {
+    /// Its id.
+    pub id: String,
+    /// What happened, without control characters.
+    pub title: String,
+    /// How bad it is.
+    pub severity: String,
+    /// How far it is.
+    pub state: String,
+    /// When it was noticed.
+    pub at: Timestamp,
+    /// Nobody has seen it, and somebody should.
+    pub needs_attention: bool,
+}
+
+/// Open incidents in the status at most.
+const INCIDENTS_SHOWN: usize = 100;
+
+impl DetectStatus {
+    /// An incident is new or has changed.
+    pub fn see(&mut self, incident: IncidentSeen) {
+        let is_closed = matches!(incident.state.as_str(), "resolved" | "aborted");
+        self.open.retain(|known| known.id != incident.id);
+        if !is_closed {
+            self.open.push(incident);
+            self.open.sort_by(|a, b| a.id.cmp(&b.id));
+            let more = self.open.len().saturating_sub(INCIDENTS_SHOWN);
+            self.open.drain(..more);
+        }
+    }
+
+    /// Incidents that nobody has seen, and somebody should.
+    pub fn unseen(&self) -> impl DoubleEndedIterator<Item = &IncidentSeen> {
+        self.open.iter().filter(|incident| incident.needs_attention)
+    }
 }
 
 /// Base backups.

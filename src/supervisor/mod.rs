@@ -4,6 +4,7 @@
 //! capture   server -> spool         publishes what is spooled; tells the server what is durable
 //! archive   spool -> repository     publishes what is archived
 //! scan      spool -> understanding  what transactions did to which table; indexes
+//! detect    understanding -> incidents; keeper: incidents -> repository, then whoever tells people
 //! derived   indexes -> repository   beside the WAL, once that is archived
 //! backups   server -> repository    when there is none, when WAL was lost, on schedule
 //! lease     one agent per cluster   renews; a lease that is lost ends the agent
@@ -42,6 +43,7 @@ mod backups;
 pub mod breaker;
 mod capture;
 mod derived;
+mod detect;
 pub mod evidence;
 pub mod flashback;
 mod lease;
@@ -51,6 +53,7 @@ pub mod notify;
 mod path;
 mod patience;
 mod protection;
+mod rows;
 mod scan;
 mod schedule;
 mod sessions;
@@ -71,9 +74,10 @@ use crate::capture::ConnInfo;
 use crate::capture::spool::Spool;
 use crate::decode;
 use crate::decode::WalMajor;
+use crate::detect::Incident;
 use crate::guard;
 use crate::notify::{OpenError, Setting};
-use crate::pg::{Lsn, TimelineHistory};
+use crate::pg::{Lsn, TimelineHistory, TimelineId};
 use crate::repo::Created;
 use crate::repo::Repository;
 use crate::repo::archiver::{self, Archiver, Channels, Report};
@@ -90,6 +94,12 @@ const DERIVED_MAX: usize = 64;
 
 /// Findings in the WAL that wait to be looked at.
 const OBSERVED_MAX: usize = 1024;
+
+/// Changes of incidents that wait to be written: a few hundred KiB each at worst.
+const INCIDENTS_MAX: usize = 64;
+
+/// Where incidents go.
+type Incidents = tokio::sync::mpsc::Sender<Incident>;
 
 /// What an agent works with.
 #[derive(Debug)]
@@ -183,9 +193,23 @@ impl Agent {
         let tell = board.clone();
         loops.start("archive", |stop| archive::run(archiver, told.0, told.1, tell, stop, spool_closed));
 
+        let sessions = guard::Sessions::new();
+        let losses = guard::Losses::default();
+        let timeline = path.timeline();
+        let flashback = flashback::Flashback::new(
+            self.beside("flashback"),
+            settings.flashback.clone(),
+            self.repo.clone(),
+            board.clone(),
+        );
+        if settings.flashback.evidence {
+            let holding = flashback.clone();
+            loops.start("flashback", |stop| holding.run(stop));
+        }
+        let (incidents, told) = tokio::sync::mpsc::channel(notify::INCIDENTS_WAITING_MAX);
         if let Some(major) = WalMajor::of_server(identity.server_version) {
             let (derived, derive) = tokio::sync::mpsc::channel(DERIVED_MAX);
-            let (observed, mut observe) = tokio::sync::mpsc::channel(OBSERVED_MAX);
+            let (observed, observe) = tokio::sync::mpsc::channel(OBSERVED_MAX);
             let scan = scan::Scan {
                 repo: self.repo.clone(),
                 spool: spool.clone(),
@@ -213,11 +237,14 @@ impl Agent {
                 derived: derive,
             };
             loops.start("derived", |stop| deriving.run(stop));
-            loops.start("observe", |stop| async move {
-                while stop.run_until_cancelled(observe.recv()).await.flatten().is_some() {}
-                stop.cancelled().await;
-                Ok(())
+            let evidence = settings.flashback.evidence.then(|| {
+                let (saved, incidents) = tokio::sync::mpsc::channel(INCIDENTS_MAX);
+                let saving = evidence::Saving { flashback, repo: self.repo.clone(), incidents };
+                loops.start("evidence", |stop| saving.run(stop));
+                saved
             });
+            let known = (timeline, sessions.clone(), losses.clone());
+            self.start_detection(&mut loops, &board, observe, known, (incidents, evidence));
         }
 
         let watching = watch::Watch {
@@ -229,7 +256,6 @@ impl Agent {
         };
         loops.start("watch", |stop| watching.run(stop));
 
-        let sessions = guard::Sessions::new();
         if settings.who.enabled {
             let watcher = sessions::Watcher {
                 conninfo: self.beside("who"),
@@ -239,17 +265,6 @@ impl Agent {
             };
             loops.start("sessions", |stop| watcher.run(stop));
         }
-        let flashback = flashback::Flashback::new(
-            self.beside("flashback"),
-            settings.flashback.clone(),
-            self.repo.clone(),
-            board.clone(),
-        );
-        if settings.flashback.evidence {
-            let holding = flashback.clone();
-            loops.start("flashback", |stop| holding.run(stop));
-        }
-        let losses = guard::Losses::default();
         if settings.protection.enabled {
             let watcher = protection::Watcher {
                 conninfo: self.beside("protection"),
@@ -277,8 +292,6 @@ impl Agent {
             };
             loops.start("backups", |stop| backups.run(stop));
         }
-        // The end that incidents go into belongs to whoever detects them.
-        let (_incidents, told) = tokio::sync::mpsc::channel(notify::INCIDENTS_WAITING_MAX);
         loops.start("notify", |stop| notifier.run(told, stop));
 
         let (repo, held, proved) = (self.repo.clone(), lease.clone(), board.clone());
@@ -288,6 +301,46 @@ impl Agent {
         lease::release(&self.repo, &lease, &board).await;
         tracing::info!(archived = board.snapshot(Timestamp::now()).archived.map(|a| a.to_string()), "agent stopped");
         result
+    }
+
+    /// Starts the loops that make incidents of what the WAL tells.
+    fn start_detection(
+        &self,
+        loops: &mut Loops,
+        board: &Board,
+        mut observed: tokio::sync::mpsc::Receiver<scan::Observed>,
+        (timeline, sessions, losses): (TimelineId, guard::Sessions, guard::Losses),
+        (told, evidence): (Incidents, Option<Incidents>),
+    ) {
+        if !self.settings.detect.enabled {
+            loops.start("observe", |stop| async move {
+                while stop.run_until_cancelled(observed.recv()).await.flatten().is_some() {}
+                stop.cancelled().await;
+                Ok(())
+            });
+            return;
+        }
+        let (found, find) = tokio::sync::mpsc::channel(INCIDENTS_MAX);
+        let (breaks, wanted) = tokio::sync::mpsc::channel(INCIDENTS_MAX);
+        let watch = detect::Watch {
+            repo: self.repo.clone(),
+            config: self.settings.detect.clone(),
+            zone: self.zone.clone(),
+            timeline,
+            conninfo: self.beside("rows"),
+            sessions: sessions.clone(),
+            board: board.clone(),
+            observed,
+            found,
+            losses,
+            breaks,
+        };
+        loops.start("detect", |stop| watch.run(stop));
+        let breaker = guard::Breaker::new(self.beside("breaker"), self.settings.breaker.clone());
+        let breaking = breaker::Breaking { breaker, sessions, repo: self.repo.clone(), wanted };
+        loops.start("breaker", |stop| breaking.run(stop));
+        let keeper = detect::Keeper { repo: self.repo.clone(), board: board.clone(), found: find, told, evidence };
+        loops.start("incidents", |stop| keeper.run(stop));
     }
 
     /// How a connection beside the stream is made, under a name of its own.

@@ -23,6 +23,7 @@ mod flashback;
 mod guard;
 mod harness;
 mod harness_itself;
+mod incidents;
 mod init;
 mod kept_repository;
 mod least_privilege;

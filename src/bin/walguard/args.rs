@@ -108,6 +108,8 @@ pub(crate) enum Verb {
     Backup(BackupArgs),
     List(ListArgs),
     Status(StatusArgs),
+    Incidents(IncidentsArgs),
+    Silence(SilenceArgs),
     Restore(RestoreArgs),
     Verify(VerifyArgs),
     Expire(ExpireArgs),
@@ -221,6 +223,129 @@ pub(crate) struct StatusArgs {
     /// Repeat every second until stopped
     #[arg(long)]
     pub(crate) watch: bool,
+}
+
+/// Show what was damaged, when and by whom; answer it; write a report
+///
+/// Without a subcommand, lists what somebody may have to look at. Reads the repository only. Where an incident is asked
+/// for, `last` is the newest.
+#[derive(Debug, Args)]
+#[command(
+    args_conflicts_with_subcommands = true,
+    after_help = "\
+Examples:
+  walguard incidents --config walguard.toml
+  walguard incidents --follow --json --config walguard.toml
+  walguard incidents show last --config walguard.toml
+  walguard incidents ack last --note 'on it' --config walguard.toml
+  walguard incidents report 00000001-000000001A2B3C40 --html --output report.html --config walguard.toml"
+)]
+pub(crate) struct IncidentsArgs {
+    #[command(subcommand)]
+    pub(crate) verb: Option<IncidentsVerb>,
+    /// Show closed, silenced and unimportant ones too
+    #[arg(long)]
+    pub(crate) all: bool,
+    /// Look at so many, the newest
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub(crate) limit: usize,
+    /// Go on and tell each one that is new or changes
+    #[arg(long)]
+    pub(crate) follow: bool,
+}
+
+/// What can be done with incidents.
+#[derive(Debug, Subcommand)]
+pub(crate) enum IncidentsVerb {
+    /// List what somebody may have to look at
+    List,
+    /// Show everything that is known of one
+    Show(IncidentArgs),
+    /// Say that you have seen it
+    Ack(AnswerArgs),
+    /// Close it
+    Resolve(AnswerArgs),
+    /// Write a report that can be sent on, in Markdown or HTML
+    Report(ReportArgs),
+}
+
+/// Which incident.
+#[derive(Debug, Args)]
+pub(crate) struct IncidentArgs {
+    /// Its id, or `last`
+    #[arg(value_name = "INCIDENT")]
+    pub(crate) id: String,
+    /// As it was in this revision, counted from 1
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) revision: Option<u32>,
+}
+
+/// An answer to an incident.
+#[derive(Debug, Args)]
+pub(crate) struct AnswerArgs {
+    /// Its id, or `last`
+    #[arg(value_name = "INCIDENT")]
+    pub(crate) id: String,
+    /// Who answers; by default the user of this shell
+    #[arg(long, value_name = "NAME")]
+    pub(crate) by: Option<String>,
+    /// What to say about it
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) note: Option<String>,
+}
+
+/// A report.
+#[derive(Debug, Args)]
+pub(crate) struct ReportArgs {
+    /// Its id, or `last`
+    #[arg(value_name = "INCIDENT")]
+    pub(crate) id: String,
+    /// HTML instead of Markdown
+    #[arg(long)]
+    pub(crate) html: bool,
+    /// Write to this file instead of standard output
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) output: Option<PathBuf>,
+}
+
+/// Tell nobody of something for a while
+///
+/// Incidents are recorded all the same, and a wiped database is told whatever is silenced. Without arguments, lists the
+/// silences that hold.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  walguard silence --for 1h --reason 'release 4.2' --table 'public.*' --rule drop-column --config walguard.toml
+  walguard silence --for '20 minutes' --reason 'load test' --role 'bench_*' --config walguard.toml
+  walguard silence --list --config walguard.toml")]
+pub(crate) struct SilenceArgs {
+    /// For how long, for example 1h
+    #[arg(long = "for", value_name = "SPAN", value_parser = span, requires = "reason")]
+    pub(crate) span: Option<Duration>,
+    /// Why
+    #[arg(long, value_name = "TEXT", requires = "span")]
+    pub(crate) reason: Option<String>,
+    /// Only this rule, for example truncate; repeatable
+    #[arg(long, value_name = "RULE", requires = "span")]
+    pub(crate) rule: Vec<String>,
+    /// Only these tables: TABLE, SCHEMA.TABLE or DATABASE.SCHEMA.TABLE, with * and ?; repeatable
+    #[arg(long, value_name = "PATTERN", requires = "span")]
+    pub(crate) table: Vec<String>,
+    /// Only what this role did, with * and ?; repeatable
+    #[arg(long, value_name = "PATTERN", requires = "span")]
+    pub(crate) role: Vec<String>,
+    /// Only what this application did, with * and ?; repeatable
+    #[arg(long, value_name = "PATTERN", requires = "span")]
+    pub(crate) application: Vec<String>,
+    /// Who asks for it; by default the user of this shell
+    #[arg(long, value_name = "NAME")]
+    pub(crate) by: Option<String>,
+    /// List the silences that hold (this is the default)
+    #[arg(long, conflicts_with_all = ["span", "lift"])]
+    pub(crate) list: bool,
+    /// End this silence now
+    #[arg(long, value_name = "ID", conflicts_with = "span")]
+    pub(crate) lift: Option<String>,
 }
 
 /// Rebuild the database as it was at a moment

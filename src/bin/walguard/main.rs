@@ -9,6 +9,8 @@ mod context;
 mod demo;
 mod expire;
 mod guard;
+mod incident_report;
+mod incidents;
 mod init;
 mod list;
 mod logging;
@@ -18,6 +20,7 @@ mod render;
 mod report;
 mod restore;
 mod run;
+mod silence;
 mod status;
 mod timeline;
 mod verify;
@@ -117,6 +120,8 @@ async fn run(cli: Cli) -> anyhow::Result<Outcome> {
         Verb::Backup(args) => backup::run(context, args).await,
         Verb::List(args) => list::run(context, args).await,
         Verb::Status(args) => Box::pin(status::run(context, args)).await,
+        Verb::Incidents(args) => Box::pin(incidents::run(context, args)).await,
+        Verb::Silence(args) => Box::pin(silence::run(context, args)).await,
         Verb::Restore(args) => restore::run(context, args).await,
         Verb::Verify(args) => verify::run(context, args).await,
         Verb::Expire(args) => expire::run(context, args).await,

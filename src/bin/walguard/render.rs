@@ -231,6 +231,30 @@ pub(crate) fn time(time: Timestamp, zone: &TimeZone) -> String {
     format!("{text} ({} {name})", local.strftime(&format!("{date}%H:%M:%S{digits}")))
 }
 
+/// A moment as [`time`] shows it, cut to milliseconds.
+pub(crate) fn time_to_millis(moment: Timestamp, zone: &TimeZone) -> String {
+    let cut = jiff::TimestampRound::new().smallest(Unit::Millisecond).mode(jiff::RoundMode::Floor);
+    time(moment.round(cut).unwrap_or(moment), zone)
+}
+
+/// Text from elsewhere as one line that a terminal shows and does not obey.
+pub(crate) fn printable(text: &str) -> String {
+    printable_lines(text).replace('\n', " ")
+}
+
+/// Text from elsewhere that a terminal shows and does not obey.
+pub(crate) fn printable_lines(text: &str) -> String {
+    // Marks that turn the direction of writing are as good as control characters.
+    let is_turn = |c: char| matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let shown = |c: char| match c {
+        '\n' => '\n',
+        '\t' | '\r' => ' ',
+        c if c.is_control() || is_turn(c) => '\u{fffd}',
+        c => c,
+    };
+    text.chars().map(shown).collect()
+}
+
 /// How long before `now` a moment was: `3 min 05 s ago`.
 pub(crate) fn age(time: Timestamp, now: Timestamp) -> String {
     match Duration::try_from(now.duration_since(time)) {
@@ -265,6 +289,12 @@ mod tests {
         let moment: Timestamp = "2025-12-17T23:00:00Z".parse().unwrap();
         let zone = TimeZone::get("Asia/Tokyo").unwrap();
         assert_eq!(time(moment, &zone), "2025-12-17 23:00:00 UTC (2025-12-18 08:00:00 Asia/Tokyo)");
+    }
+
+    #[test]
+    fn text_from_elsewhere_gives_a_terminal_no_orders() {
+        assert_eq!(printable("a\u{1b}[31m\nb\u{202e}c\u{7}"), "a\u{fffd}[31m b\u{fffd}c\u{fffd}");
+        assert_eq!(printable_lines("a\r\n\tb"), "a \n b");
     }
 
     #[test]

@@ -182,6 +182,22 @@ fn text(status: &Status, live: bool, context: &Context) -> String {
     };
     line("lag", lag);
     if live {
+        if status.detect.watching {
+            let looked_to = status.detect.looked_to.map(|at| format!(" to {at}")).unwrap_or_default();
+            let unseen = match status.detect.unseen().count() {
+                0 => "no open incident".to_owned(),
+                1 => render::red("1 incident that nobody has seen"),
+                number => render::red(&format!("{number} incidents that nobody has seen")),
+            };
+            let late = match status.detect.unwritten {
+                0 => String::new(),
+                number => format!(", {number} not yet written into the repository"),
+            };
+            line(
+                "damage",
+                format!("looked for{looked_to}, rows of {} tables known, {unseen}{late}", status.detect.tables),
+            );
+        }
         if status.who.watching {
             let hidden = if status.who.sees_all { "" } else { "; without pg_monitor it does not see what they do" };
             line("sessions", format!("watched, {} transactions open{hidden}", status.who.open_transactions));

@@ -1,0 +1,579 @@
+//! The loop that turns what the WAL tells into incidents, and the one that writes them down and tells of them.
+//!
+//! ```text
+//! scan -> Watch: detector, who, row counts, conditions -> Keeper: repository, then whoever tells people
+//! ```
+//!
+//! An incident is in the repository before anybody is told. If the repository cannot be reached, people hear of it all the
+//! same, after two seconds; it is written as soon as that is possible.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::rows::{self, Counted, RowsError};
+use super::scan::Observed;
+use crate::backoff::{Chain, RetryPolicy};
+use crate::capture::ConnInfo;
+use crate::detect::detector::{Asked, Break, Condition, Detector, OpenWork};
+use crate::detect::{Config, DdlKind, Incident, RuleName, Severity, State, Who, WhoSource};
+use crate::guard::message::{self, Told};
+use crate::guard::{Losses, Question, Sessions};
+use crate::pg::{Lsn, Oid, TimelineId, Xid};
+use crate::repo::{RepoError, Repository};
+use crate::serve::status::{Board, IncidentSeen};
+
+/// How often the detector is asked for what waits, and whether witnesses know more by now.
+const TICK: Duration = Duration::from_millis(250);
+
+/// How often conditions, silences and answers are looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+
+/// How often what was learned is kept.
+const REMEMBER_EVERY: Duration = Duration::from_secs(600);
+
+/// Incidents of the repository that are looked at when the agent starts.
+const INCIDENTS_RESTORED: usize = 1_000;
+
+/// The repository is waited for so long before people are told.
+const WRITE_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Incidents that wait to be written; of more, those that were found first wait.
+const UNWRITTEN_MAX: usize = 1_024;
+
+/// What the loop works with.
+#[derive(Debug)]
+pub(super) struct Watch {
+    pub(super) repo: Repository,
+    pub(super) config: Config,
+    pub(super) zone: TimeZone,
+    pub(super) timeline: TimelineId,
+    /// For row counts; under a name of its own.
+    pub(super) conninfo: ConnInfo,
+    pub(super) sessions: Sessions,
+    pub(super) board: Board,
+    pub(super) observed: mpsc::Receiver<Observed>,
+    pub(super) found: mpsc::Sender<Incident>,
+    /// What the watch over SQL finds lost of what protects tables.
+    pub(super) losses: Losses,
+    /// Whose session should end, with the session as far as it is known.
+    pub(super) breaks: mpsc::Sender<(Break, Who)>,
+}
+
+type Counting = JoinHandle<Result<Vec<Counted>, RowsError>>;
+
+/// What the loop knows.
+struct Work {
+    detector: Detector,
+    timeline: TimelineId,
+    /// How far the WAL was looked at.
+    at: Lsn,
+    is_continuous: bool,
+    counting: Option<Counting>,
+    /// Size of the newest base backup.
+    backup: Option<(String, u64)>,
+    /// The last loss over SQL that was looked at.
+    loss: u64,
+}
+
+impl Watch {
+    pub(super) async fn run(mut self, stop: CancellationToken) -> anyhow::Result<()> {
+        let Some(mut work) = stop.run_until_cancelled(self.begin()).await else { return Ok(()) };
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut looked_at: Option<Instant> = None;
+        let mut remembered_at = Instant::now();
+        loop {
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                observed = self.observed.recv() => match observed {
+                    Some(observed) => self.see(&mut work, observed),
+                    None => {
+                        // Whoever told us is gone, and its own result tells why.
+                        stop.cancelled().await;
+                        break;
+                    }
+                },
+                _ = tick.tick() => {
+                    let sessions = self.sessions.clone();
+                    work.detector.ask_again(&mut |asked| who(&sessions, asked), Timestamp::now());
+                    self.take_counts(&mut work).await;
+                    if looked_at.is_none_or(|at| at.elapsed() >= LOOK_EVERY) {
+                        looked_at = Some(Instant::now());
+                        self.look(&mut work).await;
+                    }
+                    if remembered_at.elapsed() >= REMEMBER_EVERY {
+                        remembered_at = Instant::now();
+                        self.remember(&work).await;
+                    }
+                }
+            }
+            if !self.hand_over(&mut work).await {
+                stop.cancelled().await;
+                break;
+            }
+        }
+        // A clean end costs nobody what was learned.
+        let _ = tokio::time::timeout(WRITE_PATIENCE, self.remember(&work)).await;
+        Ok(())
+    }
+
+    /// What was known before: incidents, silences, what was learned.
+    async fn begin(&self) -> Work {
+        let mut failures = 0;
+        loop {
+            match self.try_begin().await {
+                Ok(work) => return work,
+                Err(error) => {
+                    failures += 1;
+                    if failures == 1 {
+                        tracing::warn!("failed to read the incidents, will try again: {}", Chain(&error));
+                    }
+                    tokio::time::sleep(RetryPolicy::FOREVER.pause(failures)).await;
+                }
+            }
+        }
+    }
+
+    async fn try_begin(&self) -> Result<Work, RepoError> {
+        let mut detector = Detector::new(self.config.clone(), self.zone.clone(), self.timeline);
+        if let Some(memory) = self.repo.newest_memory().await? {
+            detector.remember(memory);
+        }
+        let found = self.repo.incidents(Some(INCIDENTS_RESTORED)).await?;
+        for (key, problem) in &found.damaged {
+            tracing::warn!(key, "an incident cannot be read: {problem}");
+        }
+        for incident in &found.incidents {
+            self.board.update(|s| s.detect.see(seen(incident)));
+        }
+        detector.restore(found.incidents);
+        detector.set_silences(self.repo.silences().await?);
+        let newest = self.repo.backups().await?.pop();
+        self.board.update(|s| s.detect.watching = true);
+        Ok(Work {
+            detector,
+            timeline: self.timeline,
+            at: Lsn::ZERO,
+            is_continuous: false,
+            counting: Some(self.count(None)),
+            backup: newest.map(|backup| (backup.label, backup.stored_bytes)),
+            loss: 0,
+        })
+    }
+
+    fn count(&self, only: Option<Oid>) -> Counting {
+        let conninfo = self.conninfo.clone();
+        tokio::spawn(async move { rows::read(&conninfo, only).await })
+    }
+
+    fn see(&self, work: &mut Work, observed: Observed) {
+        let now = Timestamp::now();
+        let sessions = self.sessions.clone();
+        match observed {
+            Observed::Ended { transaction, timeline } => {
+                self.follow(work, timeline);
+                if !std::mem::replace(&mut work.is_continuous, true) {
+                    work.detector.begins_at(transaction.begin);
+                }
+                work.at = work.at.max(transaction.end);
+                let told = by_guard(&transaction.messages);
+                let mut witness = |asked: &Asked| match &told {
+                    Some(told) if asked.xid == transaction.xid => told.clone(),
+                    _ => who(&sessions, asked),
+                };
+                work.detector.transaction(&transaction, &mut witness, now);
+            }
+            Observed::Open { timeline, transactions } => {
+                self.follow(work, timeline);
+                let open: Vec<OpenWork<'_>> = transactions
+                    .iter()
+                    .map(|open| OpenWork {
+                        xid: open.xid,
+                        begin: open.begin,
+                        is_prepared: open.is_prepared,
+                        is_complete: open.is_complete,
+                        tallies: &open.tallies,
+                        ddl: &open.ddl,
+                        lsn: work.at.max(open.begin),
+                    })
+                    .collect();
+                let told: HashMap<Xid, Who> =
+                    transactions.iter().filter_map(|open| Some((open.xid, by_guard(&open.messages)?))).collect();
+                let mut witness = |asked: &Asked| {
+                    let told = asked.xid.and_then(|xid| told.get(&xid)).cloned();
+                    told.unwrap_or_else(|| who(&sessions, asked))
+                };
+                work.detector.open(&open, &mut witness, now);
+            }
+            Observed::Tables(tables) => {
+                // A database that is new to us is counted as a whole.
+                let mut unknown = tables.iter().filter(|(_, relation)| {
+                    relation.kind == crate::detect::RelationKind::Table
+                        && !work.detector.live().is_seeded(relation.database)
+                });
+                if work.counting.is_none() && unknown.next().is_some() {
+                    work.counting = Some(self.count(None));
+                }
+            }
+            Observed::CaughtUp(position) => {
+                self.follow(work, position.timeline);
+                work.at = work.at.max(position.lsn);
+                self.board.update(|s| s.detect.looked_to = Some(position));
+            }
+        }
+    }
+
+    fn follow(&self, work: &mut Work, timeline: TimelineId) {
+        if timeline != work.timeline {
+            tracing::info!(from = %work.timeline, to = %timeline, "incidents are looked for on another timeline");
+            work.timeline = timeline;
+            work.detector.follow(timeline);
+        }
+    }
+
+    /// Takes counts that have arrived.
+    async fn take_counts(&self, work: &mut Work) {
+        if !work.counting.as_ref().is_some_and(JoinHandle::is_finished) {
+            return;
+        }
+        let Some(counting) = work.counting.take() else { return };
+        match counting.await {
+            Ok(Ok(counted)) => {
+                self.board.update(|s| s.detect.rows_trouble = None);
+                let mut parents = Vec::new();
+                let live = work.detector.live();
+                for table in counted {
+                    if let Some(rows) = table.rows {
+                        live.seed_between(table.table, rows, table.from, table.to);
+                    }
+                    live.seed_history(table.table, table.inserted, table.deleted);
+                    live.note_seeded(table.table.0);
+                    parents.extend(table.parent.map(|parent| (table.table, parent)));
+                }
+                work.detector.set_parents(parents);
+                let known = work.detector.live().len() as u64;
+                self.board.update(|s| s.detect.tables = known);
+            }
+            Ok(Err(error)) => {
+                let text = Chain(&error).to_string();
+                tracing::info!("rows are not counted: {text}");
+                self.board.update(|s| s.detect.rows_trouble = Some(text));
+                let again = self.conninfo.clone();
+                work.counting = Some(tokio::spawn(async move {
+                    tokio::time::sleep(LOOK_EVERY).await;
+                    rows::read(&again, None).await
+                }));
+            }
+            Err(error) => tracing::warn!("rows are not counted: {error}"),
+        }
+    }
+
+    /// Silences, answers, and what is wrong besides transactions.
+    async fn look(&self, work: &mut Work) {
+        let now = Timestamp::now();
+        match tokio::time::timeout(WRITE_PATIENCE, self.repo.silences()).await {
+            Ok(Ok(silences)) => work.detector.set_silences(silences),
+            Ok(Err(error)) => tracing::debug!("silences cannot be read: {}", Chain(&error)),
+            Err(_) => tracing::debug!("silences cannot be read: the repository does not answer"),
+        }
+        for id in work.detector.unanswered().into_iter().take(16) {
+            if let Ok(Ok(Some(incident))) = tokio::time::timeout(WRITE_PATIENCE, self.repo.incident(&id)).await {
+                work.detector.answered(&incident);
+                self.board.update(|s| s.detect.see(seen(&incident)));
+            }
+        }
+        self.conditions(work, now);
+        self.lost_protection(work, now);
+        raise_unseen(&self.board);
+    }
+
+    /// What the WAL did not tell, or not with a name, is told by SQL a minute later.
+    fn lost_protection(&self, work: &mut Work, now: Timestamp) {
+        let losses: Vec<_> = self.losses.subscribe().borrow().iter().filter(|(n, _)| *n > work.loss).cloned().collect();
+        for (number, loss) in losses {
+            work.loss = number;
+            let rule = match loss.kind {
+                _ if loss.name.starts_with("walguard") => RuleName::GuardRemoved,
+                DdlKind::DropTrigger | DdlKind::DisableTrigger => RuleName::TriggerRemoved,
+                DdlKind::DropEventTrigger | DdlKind::DisableEventTrigger => RuleName::EventTriggerRemoved,
+                DdlKind::DropRule => RuleName::RuleRemoved,
+                _ => RuleName::PolicyRemoved,
+            };
+            if !work.detector.spoke_of(rule, &loss.name) {
+                let severity = if rule == RuleName::GuardRemoved { Severity::Critical } else { Severity::Warning };
+                let text = format!("{} (in database {}, seen over SQL)", loss.text(), loss.database_name);
+                work.detector.condition(Condition { rule, severity, text, lsn: work.at }, now);
+            }
+        }
+    }
+
+    fn conditions(&self, work: &mut Work, now: Timestamp) {
+        let status = self.board.snapshot(now);
+        let lsn = status.archived.map_or(work.at, |archived| archived.lsn);
+        let mut say = |rule, severity, problem: Option<String>| match problem {
+            Some(text) => work.detector.condition(Condition { rule, severity, text, lsn }, now),
+            None => work.detector.condition_over(rule, now),
+        };
+        let late = status.lag_seconds.filter(|seconds| *seconds > self.config.archive_lag_max.as_secs_f64());
+        let late = late.map(|seconds| format!("WAL has been waiting for {:.0} minutes to be archived", seconds / 60.0));
+        say(RuleName::ArchiveLag, Severity::Warning, late);
+        let slot = status.server.slot_wal_status.as_deref();
+        let danger = slot.filter(|slot| matches!(*slot, "unreserved" | "lost"));
+        let danger = danger
+            .map(|slot| format!("the replication slot is {slot}: the server may remove WAL that is not archived"));
+        say(RuleName::Slot, Severity::Critical, danger);
+        let scan = status.alarms.get("scan").map(|alarm| alarm.text.clone());
+        say(RuleName::UnreadableWal, Severity::Critical, scan);
+        // A hole stays a hole.
+        if let Some(gap) = status.gaps.last() {
+            let text = format!("WAL from {} to {} is missing for good: {}", gap.from, gap.to, gap.reason);
+            say(RuleName::Gap, Severity::Critical, Some(text));
+        }
+        if let Some(last) = status.backups.last {
+            let before = work.backup.replace((last.label.clone(), last.stored_bytes));
+            let before = before.filter(|(label, _)| *label != last.label);
+            if let Some((label, bytes)) = before {
+                let odd = odd_size(bytes, last.stored_bytes, self.config.backup_size_percent_max);
+                let text = odd.map(|(severity, change)| {
+                    let sizes = format!("{} and {} bytes", bytes, last.stored_bytes);
+                    (severity, format!("backup {} is {change} than {label} before it: {sizes}", last.label))
+                });
+                match text {
+                    Some((severity, text)) => {
+                        let condition = Condition { rule: RuleName::BackupSize, severity, text, lsn };
+                        work.detector.condition(condition, now);
+                    }
+                    None => work.detector.condition_over(RuleName::BackupSize, now),
+                }
+            }
+        }
+    }
+
+    /// Gives what changed to whoever writes it down; false if that one is gone.
+    async fn hand_over(&self, work: &mut Work) -> bool {
+        for wanted in work.detector.take_breaks() {
+            let asked = Asked { xid: Some(wanted.xid), ..Asked::default() };
+            let who = who(&self.sessions, &asked);
+            // Somebody who cannot keep up hits nobody by mistake later.
+            if self.breaks.try_send((wanted, who)).is_err() {
+                tracing::warn!("nobody is there to end a suspicious session");
+            }
+        }
+        for incident in work.detector.take_changed(Timestamp::now()) {
+            self.look_who(&incident);
+            if self.found.send(incident).await.is_err() {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Has the sessions looked at now, and not with the next sample: whose transaction is open is known for certain only while
+    /// it is. The answer is asked for by the next tick.
+    fn look_who(&self, incident: &Incident) {
+        let open = incident.transactions.iter().rev().find(|known| known.lsn.is_none());
+        if let Some(xid) = open.filter(|known| known.who.source < WhoSource::Activity).and_then(|known| known.xid) {
+            let sessions = self.sessions.clone();
+            tokio::spawn(async move {
+                sessions.look_up(&Question { xid: Some(xid), ..Question::default() }, WRITE_PATIENCE).await;
+            });
+        }
+    }
+
+    async fn remember(&self, work: &Work) {
+        if work.at == Lsn::ZERO {
+            return;
+        }
+        let memory = work.detector.memory(work.at);
+        if let Err(error) = self.repo.put_memory(work.timeline, work.at, &memory).await {
+            tracing::warn!("what was learned cannot be kept, will try again: {}", Chain(&error));
+        }
+    }
+}
+
+/// How a backup's size differs too much, and how bad that is: a smaller one has lost something.
+fn odd_size(before: u64, now: u64, percent: u32) -> Option<(Severity, String)> {
+    let apart = u128::from(before.abs_diff(now)) * 100;
+    if before == 0 || apart <= u128::from(before) * u128::from(percent) {
+        return None;
+    }
+    let share = apart / u128::from(before);
+    Some(match now < before {
+        true => (Severity::Critical, format!("{share} % smaller")),
+        false => (Severity::Warning, format!("{share} % larger")),
+    })
+}
+
+fn who(sessions: &Sessions, asked: &Asked) -> Who {
+    let tables: Vec<&str> = asked.tables.iter().map(String::as_str).collect();
+    sessions.who(&Question { xid: asked.xid, ended: asked.ended, database: asked.database.as_deref(), tables: &tables })
+}
+
+fn seen(incident: &Incident) -> IncidentSeen {
+    IncidentSeen {
+        id: incident.id.clone(),
+        title: incident.title.chars().map(|c| if c.is_control() { '?' } else { c }).collect(),
+        severity: incident.severity.as_str().to_owned(),
+        state: incident.state.as_str().to_owned(),
+        at: incident.detected_at,
+        needs_attention: incident.is_told()
+            && incident.severity > Severity::Info
+            && !matches!(incident.state, State::Acknowledged | State::Resolved | State::Aborted),
+    }
+}
+
+/// The newest incident that nobody has seen is an alarm.
+fn raise_unseen(board: &Board) {
+    let detect = board.snapshot(Timestamp::now()).detect;
+    match detect.unseen().next_back() {
+        Some(newest) => {
+            let more = detect.unseen().count() - 1;
+            let more = if more > 0 { format!(", and {more} more incidents") } else { String::new() };
+            let hint = format!("walguard incidents show {}", newest.id);
+            board.raise("incident", format!("{}{more}", newest.title), Some(hint));
+        }
+        None => board.clear("incident"),
+    }
+}
+
+/// Whom the guard names: of several statements that with the most rows.
+fn by_guard(messages: &[Arc<[u8]>]) -> Option<Who> {
+    let told = messages.iter().filter_map(|content| message::read(message::PREFIX, content));
+    let rows = |told: &message::GuardMessage| match &told.what {
+        Told::Rows { rows, .. } => rows.unwrap_or_default(),
+        Told::Definitions { .. } => 0,
+    };
+    told.max_by_key(rows).map(|told| told.who)
+}
+
+/// Writes incidents down, and passes them on.
+#[derive(Debug)]
+pub(super) struct Keeper {
+    pub(super) repo: Repository,
+    pub(super) board: Board,
+    pub(super) found: mpsc::Receiver<Incident>,
+    /// Whoever tells people.
+    pub(super) told: mpsc::Sender<Incident>,
+    /// Whoever saves the rows that are gone, if somebody does.
+    pub(super) evidence: Option<mpsc::Sender<Incident>>,
+}
+
+impl Keeper {
+    pub(super) async fn run(mut self, stop: CancellationToken) -> anyhow::Result<()> {
+        let mut unwritten: BTreeMap<(Lsn, String), Incident> = BTreeMap::new();
+        let mut told_early: HashMap<String, Incident> = HashMap::new();
+        let mut failures = 0;
+        loop {
+            let pause = if unwritten.is_empty() { Duration::MAX } else { RetryPolicy::FOREVER.pause(failures.max(1)) };
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                found = self.found.recv() => match found {
+                    Some(incident) => wait_for_turn(&mut unwritten, incident),
+                    None => break,
+                },
+                () = tokio::time::sleep(pause.min(Duration::from_secs(3_600))) => {}
+            }
+            while let Ok(incident) = self.found.try_recv() {
+                wait_for_turn(&mut unwritten, incident);
+            }
+            // In the order in which they were found: what the last one has seen, those before it have, too.
+            while let Some(((lsn, id), incident)) = unwritten.pop_first() {
+                let put = tokio::time::timeout(WRITE_PATIENCE, self.repo.put_incident(&incident));
+                let problem = match put.await {
+                    Ok(Ok(written)) => {
+                        failures = 0;
+                        told_early.remove(&id);
+                        self.tell(written).await;
+                        continue;
+                    }
+                    Ok(Err(error)) => Chain(&error).to_string(),
+                    Err(_) => format!("the repository did not answer for {} s", WRITE_PATIENCE.as_secs()),
+                };
+                failures += 1;
+                if failures.is_power_of_two() {
+                    tracing::warn!(failures, incident = id, "failed to write an incident, will try again: {problem}");
+                }
+                if told_early.get(&id) != Some(&incident) {
+                    if told_early.len() < UNWRITTEN_MAX {
+                        told_early.insert(id.clone(), incident.clone());
+                    }
+                    self.tell(incident.clone()).await;
+                }
+                unwritten.insert((lsn, id), incident);
+                for waiting in unwritten.values() {
+                    if !told_early.contains_key(&waiting.id) && told_early.len() < UNWRITTEN_MAX {
+                        told_early.insert(waiting.id.clone(), waiting.clone());
+                        self.tell(waiting.clone()).await;
+                    }
+                }
+                break;
+            }
+            let waiting = unwritten.len() as u64;
+            self.board.update(|s| s.detect.unwritten = waiting);
+        }
+        Ok(())
+    }
+
+    async fn tell(&self, incident: Incident) {
+        let seen = seen(&incident);
+        let at = (seen.severity.clone(), seen.title.clone());
+        tracing::warn!(
+            incident = incident.id,
+            revision = incident.revision,
+            severity = at.0,
+            state = seen.state,
+            "{}",
+            at.1
+        );
+        let is_new = incident.revision == 1;
+        self.board.update(|s| {
+            s.detect.see(seen);
+            s.detect.incidents_total += u64::from(is_new);
+        });
+        raise_unseen(&self.board);
+        if let Some(evidence) = &self.evidence
+            && evidence.try_send(incident.clone()).is_err()
+        {
+            tracing::warn!(incident = incident.id, "rows are not saved: too many incidents wait for that");
+        }
+        let _ = self.told.send(incident).await; // whoever tells people ends the agent if it is gone
+    }
+}
+
+/// A newer state of an incident takes the place of the one that waits.
+fn wait_for_turn(unwritten: &mut BTreeMap<(Lsn, String), Incident>, incident: Incident) {
+    let waiting = unwritten.keys().find(|(_, id)| *id == incident.id).cloned();
+    match waiting {
+        // It keeps its turn.
+        Some(turn) => {
+            unwritten.insert(turn, incident);
+        }
+        None if unwritten.len() < UNWRITTEN_MAX => {
+            unwritten.insert((incident.seen_to, incident.id.clone()), incident);
+        }
+        None => tracing::error!(incident = incident.id, "too many incidents wait to be written: this one is left out"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_backup_of_half_the_size_has_lost_something() {
+        assert_eq!(odd_size(174, 42, 50), Some((Severity::Critical, "75 % smaller".to_owned())));
+        assert_eq!(odd_size(100, 151, 50), Some((Severity::Warning, "51 % larger".to_owned())));
+        assert_eq!(odd_size(100, 50, 50), None);
+        assert_eq!(odd_size(0, 50, 50), None);
+    }
+}
