@@ -29,6 +29,7 @@ const PURE: [&str; 23] = [
     "src/repo/index/level.rs",
     "src/repo/index/merged.rs",
     "src/repo/index/summary.rs",
+    "src/repo/index/survey.rs",
     "src/repo/layout.rs",
     "src/restore/path.rs",
     "src/restore/scan.rs",

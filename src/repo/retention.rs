@@ -16,9 +16,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::catalog::{BackupInfo, Catalog, CatalogScope};
 use super::gap::Gap;
+use super::index::Level;
 use super::layout::Object;
 use super::{RepoError, Repository, UnfinishedBackup};
-use crate::pg::{Lsn, SegmentName, TimelineId};
+use crate::pg::{Lsn, TimelineId};
 use crate::progress::Progress;
 
 /// Parts without a manifest that are younger than this may belong to a backup that is being taken right now.
@@ -60,6 +61,8 @@ pub struct ExpirePlan {
     pub wal_bytes: u64,
     /// Records of gaps that nothing which is kept can meet.
     pub gaps: Vec<Gap>,
+    /// What probes of the store left behind, by key.
+    pub probes: Vec<String>,
     /// Why less goes than one might expect; for people.
     pub remarks: Vec<String>,
 }
@@ -85,7 +88,8 @@ pub struct Expired {
 impl ExpirePlan {
     /// True if there is nothing to do.
     pub fn is_empty(&self) -> bool {
-        self.backups.is_empty() && self.unfinished.is_empty() && self.wal_objects == 0 && self.gaps.is_empty()
+        let nothing_else = self.wal_objects == 0 && self.gaps.is_empty() && self.probes.is_empty();
+        self.backups.is_empty() && self.unfinished.is_empty() && nothing_else
     }
 
     /// Stored bytes that are freed.
@@ -113,6 +117,9 @@ impl fmt::Display for ExpirePlan {
         for gap in &self.gaps {
             writeln!(f, "delete  record of the gap on timeline {} from {} to {}", gap.timeline, gap.from, gap.to)?;
         }
+        for key in &self.probes {
+            writeln!(f, "delete  {key}, left behind by a probe of the store")?;
+        }
         for remark in &self.remarks {
             writeln!(f, "note    {remark}")?;
         }
@@ -133,6 +140,7 @@ pub fn plan(catalog: &Catalog, unfinished: &[UnfinishedBackup], keep: &Keep, now
         wal_objects: 0,
         wal_bytes: 0,
         gaps: Vec::new(),
+        probes: Vec::new(),
         remarks: Vec::new(),
     };
     if let Some(damage) = catalog.damaged.first() {
@@ -266,7 +274,7 @@ fn reasons<'a>(catalog: &'a Catalog, keep: &Keep, now: Timestamp) -> BTreeMap<&'
 }
 
 impl Repository {
-    /// What would go: lists all WAL and counts what the plan covers.
+    /// What would go: lists all WAL with its indexes, and counts what the plan covers.
     ///
     /// # Errors
     /// As [`Repository::catalog`].
@@ -281,6 +289,20 @@ impl Repository {
                     plan.wal_objects += 1;
                     plan.wal_bytes += size;
                 }
+            }
+        }
+        if let Some(before) = plan.wal_before {
+            for (_, size) in self.names_before_all(&catalog, before).await? {
+                plan.wal_objects += 1;
+                plan.wal_bytes += size;
+            }
+        }
+        // An agent that was killed between two requests leaves one; a young one may be in use right now.
+        let mut probes = std::pin::pin!(self.objects(self.layout().probes_folder(), None));
+        while let Some(object) = probes.try_next().await? {
+            let is_ours = self.layout().parse(&object.key, catalog.identity.segment_size) == Some(Object::Probe);
+            if is_ours && now.duration_since(object.modified) > UNFINISHED_AGE_MIN {
+                plan.probes.push(object.key);
             }
         }
         Ok(plan)
@@ -319,9 +341,13 @@ impl Repository {
                 let doomed = self.wal_before(prefix, &catalog, before);
                 self.delete_stream(doomed, &mut expired, progress, cancel).await?;
             }
+            let names = self.names_before_all(&catalog, before).await?;
+            self.delete_all(names, &mut expired, progress, cancel).await?;
         }
         let gaps = plan.gaps.iter().map(|gap| (self.layout().gap(gap.timeline, gap.from, gap.to), 0)).collect();
         self.delete_all(gaps, &mut expired, progress, cancel).await?;
+        let probes = plan.probes.iter().map(|key| (key.clone(), 0)).collect();
+        self.delete_all(probes, &mut expired, progress, cancel).await?;
         progress.end();
         Ok(expired)
     }
@@ -329,11 +355,39 @@ impl Repository {
     /// The folders that hold objects of WAL segments.
     fn wal_prefixes(&self, catalog: &Catalog) -> Vec<String> {
         let timelines: BTreeSet<TimelineId> = catalog.timelines.keys().copied().collect();
-        let folders = |timeline| [self.layout().timeline_folder(timeline), self.layout().index_folder(timeline)];
+        let folders = |timeline| {
+            let merged = Level::ALL.into_iter().map(move |level| self.layout().merged_folder(timeline, level));
+            [self.layout().timeline_folder(timeline), self.layout().index_folder(timeline)].into_iter().chain(merged)
+        };
         timelines.into_iter().flat_map(folders).collect()
     }
 
-    /// Objects of segments that end at or before `before`, oldest first.
+    /// Snapshots of names that no WAL from `before` on is read with: whoever reads it begins with the newest at or before
+    /// the place, on its timeline's history; and where a timeline was left before that, with the newest before it was left.
+    async fn names_before_all(&self, catalog: &Catalog, before: Lsn) -> Result<Vec<(String, u64)>, RepoError> {
+        let size = catalog.identity.segment_size;
+        let mut doomed = Vec::new();
+        for timeline in catalog.timelines.keys() {
+            let left = catalog.timelines.values().filter_map(|wal| wal.history.as_ref()?.end_of(*timeline));
+            let bounds: BTreeSet<Lsn> = left.filter(|end| *end < before).chain([before]).collect();
+            let mut snapshots = Vec::new();
+            let mut listed = std::pin::pin!(self.objects(self.layout().names_folder(*timeline), None));
+            while let Some(object) = listed.try_next().await? {
+                if let Some(Object::Names(name)) = self.layout().parse(&object.key, size) {
+                    snapshots.push((name.start(), object.key, object.size));
+                }
+            }
+            let newest = |bound: &Lsn| snapshots.iter().map(|(start, ..)| *start).filter(|start| start <= bound).max();
+            let needed: BTreeSet<Lsn> = bounds.iter().filter_map(newest).collect();
+            let is_doomed = |start: &Lsn| *start < before && !needed.contains(start);
+            doomed.extend(
+                snapshots.iter().filter(|(start, ..)| is_doomed(start)).map(|(_, key, size)| (key.clone(), *size)),
+            );
+        }
+        Ok(doomed)
+    }
+
+    /// Objects of segments, and of groups of segments, that end at or before `before`, oldest first.
     fn wal_before<'a>(
         &'a self,
         prefix: String,
@@ -341,18 +395,17 @@ impl Repository {
         before: Lsn,
     ) -> impl stream::Stream<Item = Result<(String, u64), RepoError>> + 'a {
         let size = catalog.identity.segment_size;
-        let segment = move |key: &str| -> Option<SegmentName> {
+        let end = move |key: &str| -> Option<Lsn> {
             match self.layout().parse(key, size)? {
-                Object::Segment(segment) | Object::Tail { segment, .. } | Object::Index(segment) => Some(segment),
+                Object::Segment(segment) | Object::Tail { segment, .. } | Object::Index(segment) => Some(segment.end()),
+                Object::Merged(group) => size.bytes().checked_mul(group.span().to).map(Lsn::new),
                 _ => None,
             }
         };
         self.objects(prefix, None)
-            .try_filter_map(move |object| async move {
-                Ok(segment(&object.key).map(|segment| (segment, object.key, object.size)))
-            })
+            .try_filter_map(move |object| async move { Ok(end(&object.key).map(|end| (end, object.key, object.size))) })
             // In the order of segments: nothing after the first that stays goes.
-            .try_take_while(move |(segment, ..)| std::future::ready(Ok(segment.end() <= before)))
+            .try_take_while(move |(end, ..)| std::future::ready(Ok(*end <= before)))
             .map_ok(|(_, key, size)| (key, size))
     }
 
@@ -411,7 +464,7 @@ mod tests {
     use super::super::cluster::ClusterIdentity;
     use super::super::store::MemoryStore;
     use super::*;
-    use crate::pg::{PgTime, ServerVersion, SystemId, TimelineHistory};
+    use crate::pg::{PgTime, SegmentName, ServerVersion, SystemId, TimelineHistory};
     use crate::progress::Silent;
     use crate::proto;
 
@@ -659,6 +712,54 @@ mod tests {
         let catalog = repo.catalog(CatalogScope::Everything).await.unwrap();
         assert_eq!(catalog.timelines[&tli(1)].ranges.as_slice()[0].from, Lsn::new(5 * MIB));
         assert!(repo.plan_expire(&count(1), day(3)).await.unwrap().is_empty(), "nothing is left to do");
+    }
+
+    #[tokio::test]
+    async fn merged_indexes_go_with_the_last_segment_that_they_tell_of_and_probes_when_they_are_old() {
+        use super::super::index::{Group, Level};
+        let repo = Repository::over(Arc::new(MemoryStore::new()), "main").unwrap();
+        let identity = super::super::tests::identity();
+        repo.initialize(&identity).await.unwrap();
+        put_backup(&repo, "one", 20 * MIB + 10, 1).await;
+        put_backup(&repo, "two", 40 * MIB + 10, 2).await;
+        let name = |number: u64| SegmentName::at(tli(1), Lsn::new(number * MIB), identity.segment_size);
+        for number in 20..60 {
+            repo.store().create(&repo.layout().segment(&name(number)), "wal".into()).await.unwrap();
+        }
+        let groups: Vec<Group> = [(20, Level::ALL[0]), (32, Level::ALL[0]), (48, Level::ALL[0]), (20, Level::ALL[1])]
+            .map(|(number, level)| Group::of(&name(number), level))
+            .into();
+        for group in &groups {
+            repo.store().create(&repo.layout().merged(group), "merged".into()).await.unwrap();
+        }
+        repo.store().create(&repo.layout().probe("0123"), "left".into()).await.unwrap();
+        // Timeline 2 branched off at 25 MiB, timeline 3 at 50 MiB, where the newest backup still leads to.
+        repo.put_history(tli(2), format!("1\t{}\t\n", Lsn::new(25 * MIB)).into()).await.unwrap();
+        repo.put_history(tli(3), format!("1\t{}\t\n", Lsn::new(50 * MIB)).into()).await.unwrap();
+        for number in [20, 22, 24, 28, 36, 44] {
+            repo.store().create(&repo.layout().names(&name(number)), "names".into()).await.unwrap();
+        }
+
+        let now = Timestamp::now() + SignedDuration::from_hours(1);
+        let plan = repo.plan_expire(&count(1), now).await.unwrap();
+        assert_eq!(plan.probes, [] as [String; 0], "an agent may be at it right now");
+        let plan = repo.plan_expire(&count(1), now + SignedDuration::from_hours(48)).await.unwrap();
+        assert_eq!(plan.wal_objects, 20 + 1 + 3);
+        assert_eq!(plan.probes, ["main/probe/0123"]);
+        let expired = repo.expire(&plan, &Silent, &CancellationToken::new()).await.unwrap();
+        assert_eq!(expired.objects, 20 + 1 + 3 + 2 + 1);
+        let left: Vec<u64> = repo
+            .names_segments(&TimelineHistory::root(tli(1)), identity.segment_size)
+            .await
+            .unwrap()
+            .iter()
+            .map(|name| name.number.get())
+            .collect();
+        assert_eq!(left, [24, 36, 44], "the newest before the oldest WAL, and before the switch");
+        for (group, is_left) in groups.iter().zip([false, true, true, true]) {
+            let found = repo.store().read(&repo.layout().merged(group), None).await;
+            assert_eq!(found.is_ok(), is_left, "{group:?}");
+        }
     }
 
     #[test]

@@ -19,10 +19,12 @@ use super::catalog::{Catalog, CatalogScope, LsnRange, LsnRanges};
 use super::cluster::{ClusterIdentity, FORMAT};
 use super::frame;
 use super::gap::Gap;
+use super::index::Level;
+use super::index::survey::Survey;
 use super::layout::{ArchiveName, Object};
 use super::store::{Created, ObjectInfo};
 use super::{RepoError, Repository};
-use crate::decode::{PageHeader, WalMajor};
+use crate::decode::{PageHeader, Source, WalMajor};
 use crate::pg::{Lsn, SegmentName, TimelineId};
 use crate::progress::Progress;
 use crate::proto;
@@ -85,6 +87,9 @@ pub struct Checked {
     pub backups: u64,
     /// Parts of base backups.
     pub parts: u64,
+    /// Indexes of segments, and merged ones.
+    #[serde(default)]
+    pub indexes: u64,
     /// Stored bytes.
     pub bytes: u64,
 }
@@ -159,6 +164,15 @@ enum Verdict {
     /// It was listed, and is not there any more.
     Gone,
     Damaged(String),
+}
+
+/// What became of the index of a segment that is whole.
+#[derive(Debug)]
+enum IndexVerdict {
+    /// There is none, which is no damage.
+    Absent,
+    Agrees,
+    Wrong(String),
 }
 
 impl Repository {
@@ -313,13 +327,22 @@ impl Run<'_> {
                     })
                     .take_while(|_| std::future::ready(!self.cancel.is_cancelled()))
                     .map_ok(|task| async move {
-                        let verdict = check_wal_object(repo, identity, &task).await?;
-                        Ok::<_, RepoError>((task, verdict))
+                        let (verdict, index) = check_wal_object(repo, identity, &task).await?;
+                        Ok::<_, RepoError>((task, verdict, index))
                     })
                     .try_buffer_unordered(self.jobs)
             );
             let mut found = Vec::new();
-            while let Some((task, verdict)) = checks.try_next().await? {
+            let mut wrong = Vec::new();
+            while let Some((task, verdict, index)) = checks.try_next().await? {
+                match (&task, index) {
+                    (_, IndexVerdict::Absent) | (Task::Tail { .. }, _) => {}
+                    (_, IndexVerdict::Agrees) => self.checked.indexes += 1,
+                    (Task::Segment { name, .. }, IndexVerdict::Wrong(problem)) => {
+                        self.checked.indexes += 1;
+                        wrong.push((self.repo.layout().index(name), problem));
+                    }
+                }
                 self.progress.advance(task.object().size);
                 self.checked.bytes += task.object().size;
                 let range = task.range();
@@ -338,6 +361,11 @@ impl Run<'_> {
             for (key, problem, range) in found {
                 self.find(ProblemKind::Damaged, &key, problem).wal = Some((*timeline, range));
             }
+            // Indexes are derived: no moment becomes unreachable by them.
+            for (key, problem) in wrong {
+                self.find(ProblemKind::Damaged, &key, problem);
+            }
+            self.check_merged(*timeline, identity).await?;
         }
         // An expiry may have run beside us; what backups still need must not have gone with it.
         if !gone.is_empty() {
@@ -352,6 +380,43 @@ impl Run<'_> {
             }
         }
         self.progress.end();
+        Ok(())
+    }
+
+    /// Reads the merged indexes of a timeline. They are few.
+    async fn check_merged(&mut self, timeline: TimelineId, identity: &ClusterIdentity) -> Result<(), RepoError> {
+        let repo = self.repo;
+        for level in Level::ALL {
+            let listed = repo.objects(repo.layout().merged_folder(timeline, level), None);
+            let mut checks = std::pin::pin!(
+                listed
+                    .try_filter_map(|object| {
+                        std::future::ready(Ok(match repo.layout().parse(&object.key, identity.segment_size) {
+                            Some(Object::Merged(group)) => Some((group, object)),
+                            _ => None,
+                        }))
+                    })
+                    .take_while(|_| std::future::ready(!self.cancel.is_cancelled()))
+                    .map_ok(|(group, object)| async move {
+                        match repo.merged_index(&group).await {
+                            Ok(_) => Ok((object, None)),
+                            Err(RepoError::Damaged { problem, .. }) => Ok((object, Some(problem))),
+                            Err(error) => Err(error),
+                        }
+                    })
+                    .try_buffer_unordered(self.jobs)
+            );
+            let mut wrong = Vec::new();
+            while let Some((object, problem)) = checks.try_next().await? {
+                self.checked.indexes += 1;
+                self.checked.bytes += object.size;
+                wrong.extend(problem.map(|problem| (object.key, problem)));
+            }
+            for (key, problem) in wrong {
+                let problem = format!("{problem}; `walguard index rebuild --check` makes it anew");
+                self.find(ProblemKind::Damaged, &key, problem);
+            }
+        }
         Ok(())
     }
 
@@ -544,19 +609,54 @@ fn is_known(task: &Task, known: &LsnRanges) -> bool {
     matches!(task, Task::Segment { .. }) && known.contains(task.range())
 }
 
-async fn check_wal_object(repo: &Repository, identity: &ClusterIdentity, task: &Task) -> Result<Verdict, RepoError> {
+async fn check_wal_object(
+    repo: &Repository,
+    identity: &ClusterIdentity,
+    task: &Task,
+) -> Result<(Verdict, IndexVerdict), RepoError> {
     let stored = match repo.store().read(&task.object().key, None).await {
         Ok(stored) => stored,
-        Err(error) if error.is_not_found() => return Ok(Verdict::Gone),
+        Err(error) if error.is_not_found() => return Ok((Verdict::Gone, IndexVerdict::Absent)),
         Err(error) => return Err(error.into()),
+    };
+    let index = match task {
+        Task::Tail { .. } => Ok(None),
+        Task::Segment { name, .. } => match repo.index(name).await {
+            Ok(index) => Ok(index.map(|index| (*name, index))),
+            Err(RepoError::Damaged { problem, .. }) => {
+                Err(format!("{problem}; `walguard index rebuild --check` makes it anew"))
+            }
+            Err(error) => return Err(error),
+        },
     };
     let (range, timeline) = match task {
         Task::Segment { name, .. } | Task::Tail { name, .. } => (task.range(), name.timeline),
     };
     let identity = identity.clone();
-    Ok(blocking(move || match check_wal_bytes(&stored, range, timeline, &identity) {
-        Ok(()) => Verdict::Whole,
-        Err(problem) => Verdict::Damaged(problem),
+    Ok(blocking(move || {
+        // Records are read only where an index says what they should be.
+        let source = WalMajor::of_server(identity.server_version).map(|major| Source {
+            major,
+            segment_size: identity.segment_size,
+            system_id: Some(identity.system_id),
+        });
+        let indexed = index.as_ref().ok().and_then(Option::as_ref);
+        let mut survey = indexed.zip(source).map(|((name, _), source)| Survey::new(source, *name));
+        let verdict = match check_wal_bytes(&stored, range, timeline, &identity, survey.as_mut()) {
+            Ok(()) => Verdict::Whole,
+            Err(problem) => return (Verdict::Damaged(problem), IndexVerdict::Absent),
+        };
+        let index = match (&index, survey) {
+            (Err(problem), _) => IndexVerdict::Wrong(problem.clone()),
+            (Ok(Some((_, index))), Some(survey)) => match survey.contradiction(index) {
+                Some(problem) => {
+                    IndexVerdict::Wrong(format!("{problem}; `walguard index rebuild --all` makes it anew"))
+                }
+                None => IndexVerdict::Agrees,
+            },
+            _ => IndexVerdict::Absent,
+        };
+        (verdict, index)
     })
     .await)
 }
@@ -568,6 +668,7 @@ fn check_wal_bytes(
     range: LsnRange,
     timeline: TimelineId,
     identity: &ClusterIdentity,
+    mut survey: Option<&mut Survey>,
 ) -> Result<(), String> {
     let expected = range.to - range.from;
     let mut content = frame::reader(stored).map_err(|error| error.to_string())?;
@@ -586,6 +687,9 @@ fn check_wal_bytes(
         total += count;
         if total > expected {
             return Err(format!("holds more than the {expected} bytes that it should"));
+        }
+        if let Some(survey) = &mut survey {
+            survey.push(&piece);
         }
     }
     if total == expected { Ok(()) } else { Err(format!("holds {total} bytes instead of {expected}")) }

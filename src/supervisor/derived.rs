@@ -45,7 +45,11 @@ impl Derive {
         let mut failures = 0;
         loop {
             let put = match derived {
-                Derived::Index(name, index) => self.repo.put_index(name, index).await,
+                // The indexes of a group of segments are merged when the last of them is there.
+                Derived::Index(name, index) => match self.repo.put_index(name, index).await {
+                    Ok(created) => self.repo.merge_indexes_after(name).await.map(|()| created),
+                    refused => refused,
+                },
                 Derived::Names(name, names) => self.repo.put_names(name, names, self.major).await,
             };
             let Err(error) = put else {

@@ -11,6 +11,7 @@ mod capture_base_backup;
 mod capture_connect;
 mod capture_stream;
 mod check;
+mod commit_index;
 mod crash_table;
 mod decode;
 mod decode_counts;

@@ -116,6 +116,7 @@ pub(crate) enum Verb {
     Guard(GuardArgs),
     Notify(NotifyArgs),
     Timeline(TimelineArgs),
+    Index(IndexArgs),
     Wal(WalArgs),
     WalPush(WalPushArgs),
     WalFetch(WalFetchArgs),
@@ -648,6 +649,62 @@ pub(crate) struct TimelineArgs {
     #[arg(long, value_name = "ID", value_parser = timeline)]
     pub(crate) timeline: Option<TimelineId>,
 }
+
+
+/// Look after the indexes that say what archived WAL holds
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  walguard index status --config walguard.toml
+  walguard index rebuild --config walguard.toml")]
+pub(crate) struct IndexArgs {
+    #[command(subcommand)]
+    pub(crate) verb: IndexVerb,
+}
+
+/// What can be done with indexes.
+#[derive(Debug, Subcommand)]
+pub(crate) enum IndexVerb {
+    Rebuild(IndexRebuildArgs),
+    Status(IndexStatusArgs),
+}
+
+/// Make the indexes that are missing, from the archived WAL
+///
+/// The agent writes an index beside each segment; what it missed, or what was archived without it, is made here. Indexes
+/// are derived: nothing is lost with them but time. Exits with 3 if some WAL could not be read.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  walguard index rebuild --config walguard.toml
+  walguard index rebuild --config walguard.toml --from 16/B3000000 --to 16/B9000000
+  walguard index rebuild --config walguard.toml --from 000000010000001600000037 --all")]
+pub(crate) struct IndexRebuildArgs {
+    /// Begin with this segment, or the one that holds this LSN
+    #[arg(long, value_name = "LSN|SEGMENT")]
+    pub(crate) from: Option<String>,
+    /// End with this segment, or the one that holds this LSN
+    #[arg(long, value_name = "LSN|SEGMENT")]
+    pub(crate) to: Option<String>,
+    /// Only segments of this timeline; by default of all
+    #[arg(long, value_name = "ID", value_parser = timeline)]
+    pub(crate) timeline: Option<TimelineId>,
+    /// Read the indexes that are there, and make those anew that cannot be read
+    #[arg(long)]
+    pub(crate) check: bool,
+    /// Make all indexes anew, and replace those that say something else
+    #[arg(long, conflicts_with = "check")]
+    pub(crate) all: bool,
+}
+
+/// Show how many segments have an index, and which have none
+///
+/// Exits with 3 if segments lack theirs; the last one gets it when the next begins.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  walguard index status --config walguard.toml --json")]
+pub(crate) struct IndexStatusArgs {}
 
 /// Look into archived WAL
 #[derive(Debug, Args)]

@@ -11,6 +11,7 @@ mod expire;
 mod guard;
 mod incident_report;
 mod incidents;
+mod index;
 mod init;
 mod list;
 mod logging;
@@ -128,6 +129,7 @@ async fn run(cli: Cli) -> anyhow::Result<Outcome> {
         Verb::Guard(args) => guard::run(context, args).await,
         Verb::Notify(args) => notify::run(context, args).await,
         Verb::Timeline(args) => Box::pin(timeline::run(context, args)).await,
+        Verb::Index(args) => Box::pin(index::run(context, args)).await,
         Verb::Wal(args) => Box::pin(wal::run(context, args)).await,
         Verb::WalPush(args) => wal_push::run(context, args).await,
         Verb::WalFetch(args) => wal_fetch::run(context, &cli.global, args).await,

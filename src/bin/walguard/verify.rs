@@ -33,11 +33,12 @@ fn text(verification: &Verification) -> String {
     let took = verification.finished_at.duration_since(verification.started_at);
     let _ = writeln!(
         text,
-        "read {} in {}: {} segments, {} tails, {} backups in {} parts{}",
+        "read {} in {}: {} segments, {} tails, {} indexes, {} backups in {} parts{}",
         render::bytes(checked.bytes),
         render::duration(took.unsigned_abs()),
         checked.segments,
         checked.tails,
+        checked.indexes,
         checked.backups,
         checked.parts,
         if verification.only_new { ", only what is new" } else { "" },

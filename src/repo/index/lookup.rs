@@ -23,7 +23,7 @@ use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 
 use super::format::{CommittedDdl, LargeTransaction, MinuteTally, RestorePoint, SegmentIndex};
 use super::level::{FAN_OUT, Group, Level, Span};
-use super::merged::{MergedIndex, Tallies, to_tally};
+use super::merged::{MergedIndex, Tallies, begin_of, to_tally};
 use super::summary::Summary;
 use crate::detect::Relation;
 use crate::pg::{Lsn, PgTime, RelFile, SegmentName, SegmentNumber, SegmentSize, TimelineHistory, TimelineId, Xid};
@@ -820,7 +820,7 @@ impl Gather {
             if begin >= self.minutes.1.micros() || end <= self.minutes.0.micros() {
                 continue;
             }
-            let key = (tally.minute - tally.minute.rem_euclid(self.tallies.minutes_each), tally.file);
+            let key = (begin_of(tally.minute, self.tallies.minutes_each), tally.file);
             if self.tallies.sums.len() < TALLIES_MAX || self.tallies.sums.contains_key(&key) {
                 self.tallies.add_one(tally);
             } else {

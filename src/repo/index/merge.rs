@@ -186,3 +186,62 @@ fn readable<T>(read: Result<Option<T>, RepoError>) -> Result<Option<T>, RepoErro
         read => read,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{SIZE, archive, index_of, name, root};
+    use super::*;
+    use crate::repo::catalog::LsnRange;
+
+    fn group(level: usize, number: u64) -> Group {
+        Group { number, ..Group::of(&name(0), Level::ALL[level]) }
+    }
+
+    async fn there(repo: &Repository, level: usize, groups: u64) -> Vec<u64> {
+        let mut found = Vec::new();
+        for number in 0..groups {
+            if repo.merged_index(&group(level, number)).await.unwrap().is_some() {
+                found.push(number);
+            }
+        }
+        found
+    }
+
+    #[tokio::test]
+    async fn groups_are_merged_as_their_last_segment_gets_its_index() {
+        let repo = archive(0..300, &[]).await;
+        for number in (0..300).filter(|number| *number != 37) {
+            repo.put_index(&name(number), &index_of(number, &[(5, 1)])).await.unwrap();
+            repo.merge_indexes_after(&name(number)).await.unwrap();
+        }
+        let expected: Vec<u64> = (0..18).filter(|number| *number != 2).collect();
+        assert_eq!(there(&repo, 0, 20).await, expected, "all whole ones but that of segment 37");
+        assert_eq!(there(&repo, 1, 2).await, [] as [u64; 0]);
+        assert_eq!(repo.merge_indexes(&group(0, 2)).await.unwrap(), Merge::Lacks(name(37)));
+        assert_eq!(repo.merge_indexes(&group(1, 0)).await.unwrap(), Merge::Lacks(name(32)));
+
+        repo.put_index(&name(37), &index_of(37, &[(5, 1)])).await.unwrap();
+        assert_eq!(repo.merge_indexes(&group(0, 2)).await.unwrap(), Merge::New);
+        assert_eq!(repo.merge_indexes(&group(0, 2)).await.unwrap(), Merge::Exists);
+        assert_eq!(repo.merge_indexes(&group(1, 0)).await.unwrap(), Merge::New);
+        assert_eq!(repo.merged_index(&group(1, 0)).await.unwrap().unwrap().summary().commits, 256);
+    }
+
+    #[tokio::test]
+    async fn a_group_with_a_hole_in_its_wal_is_merged_once_wal_goes_on_behind_it() {
+        let indexes: Vec<_> = (0..10).map(|number| (number, index_of(number, &[(5, 1)]))).collect();
+        let repo = archive(0..10, &indexes).await;
+        assert_eq!(repo.merge_indexes(&group(0, 0)).await.unwrap(), Merge::Open);
+        assert_eq!(repo.merge_indexes(&group(0, 1)).await.unwrap(), Merge::Empty);
+        for number in 20..24 {
+            repo.store().create(&repo.layout().segment(&name(number)), "wal".into()).await.unwrap();
+            repo.put_index(&name(number), &index_of(number, &[(5, 1)])).await.unwrap();
+        }
+        assert_eq!(repo.merge_indexes(&group(0, 0)).await.unwrap(), Merge::New);
+        assert_eq!(repo.merge_indexes(&group(0, 1)).await.unwrap(), Merge::Open);
+        let range = LsnRange { from: name(0).start(), to: name(24).start() };
+        let (summary, unindexed) = repo.lookup(root(), SIZE).summary(range).await.unwrap();
+        assert_eq!(summary.commits, 14);
+        assert_eq!(unindexed.iter().map(|hole| (hole.first, hole.segments)).collect::<Vec<_>>(), [(name(10), 10)]);
+    }
+}

@@ -192,9 +192,9 @@ impl Merger {
     pub fn segment(&mut self, name: &SegmentName, index: &SegmentIndex) {
         self.part(name.number.get(), 1, Summary::of(index));
         self.tallies.add(1, &index.minutes);
-        self.merged.tallies_left_out += index.minutes_left_out;
+        self.merged.tallies_left_out = self.merged.tallies_left_out.saturating_add(index.minutes_left_out);
         // What found no room in a segment's index may have been anything.
-        self.merged.destructive_left_out += index.events_left_out;
+        self.merged.destructive_left_out = self.merged.destructive_left_out.saturating_add(index.events_left_out);
         self.lists(&index.restore_points, &index.events, &index.largest);
         self.names.extend(index.names.iter().cloned());
     }
@@ -221,7 +221,8 @@ impl Merger {
     fn lists(&mut self, points: &[RestorePoint], events: &[CommittedDdl], largest: &[LargeTransaction]) {
         let room = RESTORE_POINTS_MAX - self.merged.restore_points.len();
         self.merged.restore_points.extend(points.iter().take(room).cloned());
-        self.merged.restore_points_left_out += points.len().saturating_sub(room) as u64;
+        let left_out = points.len().saturating_sub(room) as u64;
+        self.merged.restore_points_left_out = self.merged.restore_points_left_out.saturating_add(left_out);
         self.merged.events.extend_from_slice(events);
         if self.merged.events.len() > EVENTS_MAX {
             self.drop_events();
@@ -289,7 +290,7 @@ impl Tallies {
     }
 
     pub(super) fn add_one(&mut self, tally: &MinuteTally) {
-        let begin = tally.minute - tally.minute.rem_euclid(self.minutes_each);
+        let begin = begin_of(tally.minute, self.minutes_each);
         let (transactions, rows) = self.sums.entry((begin, tally.file)).or_default();
         *transactions = transactions.saturating_add(tally.transactions);
         *rows = sum(*rows, tally.rows);
@@ -314,6 +315,12 @@ impl Tallies {
         }
         (tallies, left_out as u64)
     }
+}
+
+/// Where the span of time begins that a minute lies in. Numbers from objects are not trusted: the first of all minutes
+/// has no span before it.
+pub(super) const fn begin_of(minute: i64, minutes_each: i64) -> i64 {
+    minute.saturating_sub(minute.rem_euclid(minutes_each))
 }
 
 pub(super) const fn to_tally(
@@ -440,6 +447,25 @@ mod tests {
         assert!(merged.events.is_sorted_by_key(|event| event.commit));
         assert_eq!((merged.harmless_left_out, merged.destructive_left_out), (12_000 - EVENTS_MAX as u64, 0));
         assert_eq!((merged.restore_points.len(), merged.restore_points_left_out), (4_096, 6_000 - 4_096));
+    }
+
+    #[test]
+    fn numbers_beyond_reason_are_added_up_to_other_such_numbers() {
+        let mut index = index_of(0, &[(5, 4)]);
+        let minute = MinuteTally { minute: i64::MIN, transactions: u64::MAX, ..index.minutes[0] };
+        index.minutes.extend([minute, MinuteTally { minute: i64::MAX, ..minute }]);
+        for tally in &mut index.minutes {
+            tally.rows = RowCounts { inserted: u64::MAX, updated: 1, deleted: u64::MAX, moved: 0 };
+        }
+        index.largest[0].files[0].1.inserted = u64::MAX;
+        (index.minutes_left_out, index.events_left_out, index.records) = (u64::MAX, u64::MAX, u64::MAX);
+        let indexes: Vec<_> = (0..16).map(|number| (number, index.clone())).collect();
+        let first = merged(group(0, Level::FIRST), &indexes);
+        assert_eq!((first.summary().records, first.tallies_left_out), (u64::MAX, u64::MAX));
+        let mut above = Merger::new(group(0, Level::ALL[1]));
+        above.merged(&group(0, Level::FIRST), &first);
+        above.merged(&group(1, Level::FIRST), &first);
+        assert_eq!(above.finish().unwrap().destructive_left_out, u64::MAX);
     }
 
     #[test]

@@ -14,8 +14,10 @@ pub mod level;
 pub mod lookup;
 pub mod merge;
 pub mod merged;
+pub mod rebuild;
 pub mod summary;
 pub mod walk;
+pub mod survey;
 
 pub use build::{Indexer, Seen};
 pub use format::{IndexError, SegmentIndex};

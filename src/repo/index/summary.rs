@@ -75,10 +75,10 @@ impl Summary {
             latest: index.latest,
             checkpoints: index.checkpoints.len() as u64,
             restore_points: index.restore_points.len() as u64,
-            events: index.events.len() as u64 + index.events_left_out,
+            events: (index.events.len() as u64).saturating_add(index.events_left_out),
             // Those that found no room may be anything.
-            destructive: index.events.iter().filter(|event| event.event.kind.is_destructive()).count() as u64
-                + index.events_left_out,
+            destructive: (index.events.iter().filter(|event| event.event.kind.is_destructive()).count() as u64)
+                .saturating_add(index.events_left_out),
             resume_from: index.resume_from,
             ..Self::default()
         };
