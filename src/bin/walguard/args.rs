@@ -650,7 +650,6 @@ pub(crate) struct TimelineArgs {
     pub(crate) timeline: Option<TimelineId>,
 }
 
-
 /// Look after the indexes that say what archived WAL holds
 #[derive(Debug, Args)]
 #[command(after_help = "\

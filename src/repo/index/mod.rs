@@ -16,8 +16,8 @@ pub mod merge;
 pub mod merged;
 pub mod rebuild;
 pub mod summary;
-pub mod walk;
 pub mod survey;
+pub mod walk;
 
 pub use build::{Indexer, Seen};
 pub use format::{IndexError, SegmentIndex};
