@@ -9,7 +9,7 @@ use std::process::Command;
 const FREE: [&str; 2] = ["pg", "proto"];
 
 /// Files and folders that turn values into values.
-const PURE: [&str; 23] = [
+const PURE: [&str; 24] = [
     "src/pg",
     "src/decode",
     "src/detect",

@@ -7,7 +7,7 @@ use walguard::detect::{RuleName, Severity};
 
 use crate::archived_wal::repository;
 use crate::harness::webhook::Webhook;
-use crate::harness::{Agent, Cluster, Scratch, wait_for};
+use crate::harness::{Agent, Cluster, Scratch};
 use crate::replays::wait_scanned;
 
 /// A way to lose rows: what it is called, what it needs, how it is done (each statement by itself), which table suffers,
@@ -165,16 +165,18 @@ async fn however_rows_are_made_to_go_it_is_noticed() {
                 })
         })
     };
-    wait_for("incidents", Duration::from_secs(60), || {
-        let repo = repo.clone();
-        let missing = &mut missing;
-        async move {
-            let found = repo.incidents(None).await.unwrap().incidents;
-            *missing = WAYS.iter().filter(|way| !is_found(&found, way)).map(|way| way.name).collect();
-            missing.is_empty()
+    let begin = std::time::Instant::now();
+    while begin.elapsed() < Duration::from_secs(60) {
+        let found = repo.incidents(None).await.unwrap().incidents;
+        missing = WAYS.iter().filter(|way| !is_found(&found, way)).map(|way| way.name).collect();
+        if missing.is_empty() {
+            return;
         }
-    })
-    .await;
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    let found = repo.incidents(None).await.unwrap().incidents;
+    let seen: Vec<_> = found.iter().map(|incident| (&incident.title, &incident.findings, &incident.tables)).collect();
+    panic!("not noticed: {missing:?}; noticed: {seen:#?}");
 }
 
 /// Ordinary work that looks like damage here and there.
