@@ -32,7 +32,8 @@ pub const INCIDENTS_WAITING_MAX: usize = 256;
 const LOOKED_AT_MAX: usize = 500;
 /// Whole incidents kept in memory: with a thousand tables one has some 200 KiB, most have 2. Others are read again.
 const KEPT_MAX: usize = 128;
-/// An incident that is younger than this and in its first revision was told by nobody yet: it need not be looked up.
+/// An incident that is younger than this, in its first revision, and was detected since this agent was started, was told
+/// by nobody yet: it need not be looked up. An older one may have been told by an agent on another machine.
 const YOUNG: jiff::SignedDuration = jiff::SignedDuration::from_secs(10);
 /// How long the look-up of what was told may hold up an alarm; the local records are known without it.
 const LOOK_UP_MAX: Duration = Duration::from_secs(3);
@@ -110,6 +111,7 @@ impl Notifier {
             kept: BTreeMap::new(),
             local: BTreeMap::new(),
             unsure: BTreeSet::new(),
+            began_at: Timestamp::now(),
             sending: JoinSet::new(),
             helpers: JoinSet::new(),
             found,
@@ -146,6 +148,7 @@ struct Running {
     local: BTreeMap<String, Vec<Told>>,
     /// Messages of which nobody knows whether they were sent.
     unsure: BTreeSet<(String, String, String)>,
+    began_at: Timestamp,
     sending: JoinSet<Sent>,
     helpers: JoinSet<()>,
     found: mpsc::Sender<Found>,
@@ -235,8 +238,9 @@ impl Running {
     /// An incident from the detector.
     fn arrive(&mut self, incident: Incident) {
         let now = Timestamp::now();
-        let is_young = incident.revision <= 1 && now.duration_since(incident.detected_at) < YOUNG;
-        if is_young || self.queue.knows(&incident.id) {
+        let is_young = now.duration_since(incident.detected_at) < YOUNG;
+        let is_new = incident.revision <= 1 && is_young && incident.detected_at >= self.began_at;
+        if is_new || self.queue.knows(&incident.id) {
             return self.learn(Found { incident, told: Vec::new() });
         }
         // Another agent, on another machine, may have told of it.
