@@ -12,7 +12,7 @@ use super::error::{OpenError, SendError};
 use super::http::{Http, Request};
 use super::message::{Message, Setting};
 use super::secret::{Secret, SecretPlace};
-use super::{alertmanager, command, discord, pagerduty, slack, teams, webhook};
+use super::{alertmanager, command, discord, http, pagerduty, slack, teams, webhook};
 
 /// A channel that can be sent to.
 pub struct Channel {
@@ -83,12 +83,15 @@ impl Channel {
         let secret = read(self.config.secret_place())?;
         let token = read(self.config.token_place())?;
         let url = read(self.config.url_place())?;
-        let exposed: Vec<_> = [&secret, &token, &url].into_iter().flatten().map(Secret::expose).collect();
+        let set = self.config.url.as_ref().map(|url| url.0.as_str());
+        let hidden: Vec<_> = url.as_ref().map(Secret::expose).or(set).map(http::secret_parts).unwrap_or_default();
+        let mut exposed: Vec<_> = [&secret, &token].into_iter().flatten().map(Secret::expose).collect();
+        exposed.extend(hidden.iter().map(String::as_str));
         let sent = match &self.sender {
             Sender::Email(email) => email.send(message, secret.as_ref()).await,
             Sender::Command => command::run(&self.config.command, message, self.config.timeout).await,
             Sender::Http(http) => {
-                let base = url.as_ref().map(Secret::expose).or(self.config.url.as_ref().map(|url| url.0.as_str()));
+                let base = url.as_ref().map(Secret::expose).or(set);
                 let url = match self.config.kind {
                     Kind::PagerDuty => base.unwrap_or(pagerduty::URL).to_owned(),
                     Kind::Alertmanager => alertmanager::url(base.unwrap_or_default()),

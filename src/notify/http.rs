@@ -140,6 +140,24 @@ impl Http {
     }
 }
 
+/// What of a URL may be a secret, whole and in its parts, as a receiver may repeat them: all but [`place`].
+pub(super) fn secret_parts(text: &str) -> Vec<String> {
+    /// Shorter parts are the words of a path.
+    const PART_BYTES_MIN: usize = 8;
+    let Some(url) = parse_url(text) else { return vec![text.to_owned()] };
+    let (path, query) = (url.path(), url.query().unwrap_or_default());
+    let mut parts: Vec<String> = path.split('/').map(str::to_owned).collect();
+    for (key, value) in url.query_pairs() {
+        parts.extend([key.into_owned(), value.into_owned()]);
+    }
+    parts.extend(query.split(['&', '=']).map(str::to_owned));
+    parts.extend([path.to_owned(), query.to_owned(), url.username().to_owned()]);
+    parts.retain(|part| part.len() >= PART_BYTES_MIN);
+    // A password is one however short it is.
+    parts.extend(url.password().map(str::to_owned));
+    parts
+}
+
 /// Scheme, host and port: what may be told of a URL.
 fn place(url: &Url) -> String {
     let port = url.port().map(|port| format!(":{port}")).unwrap_or_default();
@@ -197,6 +215,17 @@ mod tests {
         for nonsense in ["soon", "-1", "NaN", "inf", ""] {
             assert_eq!(asked(nonsense), None, "{nonsense}");
         }
+    }
+
+    #[test]
+    fn whatever_of_a_url_may_be_a_secret_is_known_and_its_host_is_not_one() {
+        let parts = secret_parts("https://user:pw@hooks.example.com/services/T0/hush-in-path?sig=hush%2Fin%2Fquery");
+        for part in ["/services/T0/hush-in-path", "hush-in-path", "hush%2Fin%2Fquery", "hush/in/query", "pw"] {
+            assert!(parts.iter().any(|known| known == part), "{part} in {parts:?}");
+        }
+        assert!(!parts.iter().any(|part| part.contains("example") || part == "T0" || part == "/"), "{parts:?}");
+        assert_eq!(secret_parts("https://hooks.example.com/"), Vec::<String>::new());
+        assert_eq!(secret_parts("hush-hush"), ["hush-hush"], "what is no URL is a secret all the same");
     }
 
     #[test]
