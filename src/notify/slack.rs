@@ -47,13 +47,14 @@ pub(super) fn body(message: &Message, setting: &Setting) -> Value {
 }
 
 fn escape(text: &str) -> String {
-    // A `*`, `_` or backtick changes no more than how it looks; a mention would wake people.
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+    // A mention would wake people, and a backtick would draw what follows into a block of code; a `*` or `_` changes no
+    // more than how it looks.
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('`', "'")
 }
 
-/// Lines in a fixed-width font. A backtick would end it, and is another quotation mark inside.
+/// Lines in a fixed-width font.
 fn code(lines: &[String]) -> String {
-    let lines: Vec<_> = lines.iter().map(|line| escape(&line.replace('`', "'"))).collect();
+    let lines: Vec<_> = lines.iter().map(|line| escape(line)).collect();
     format!("```{}```", cut(&lines, "\n"))
 }
 
