@@ -1,6 +1,7 @@
 //! A program on this machine: the message as JSON on its standard input, the main facts as variables. No shell reads
 //! anything of it, so what a table is called cannot be a command.
 
+use std::io::ErrorKind;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -31,9 +32,16 @@ pub(super) async fn run(command: &[String], message: &Message, timeout: Duration
     // A group of its own, so that what it started can be ended with it.
     child.process_group(0).kill_on_drop(true);
     child.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
-    let mut child = child.spawn().map_err(|error| SendError::Refused {
-        problem: format!("start {program}: {error}"),
-        hint: Some("the agent's user must be able to run it; give its whole path".to_owned()),
+    let mut child = child.spawn().map_err(|error| {
+        let problem = format!("start {program}: {error}");
+        match error.kind() {
+            // Somebody is just writing a new version of it.
+            ErrorKind::ExecutableFileBusy => SendError::away(problem),
+            _ => SendError::Refused {
+                problem,
+                hint: Some("the agent's user must be able to run it; give its whole path".to_owned()),
+            },
+        }
     })?;
     let group = Group(child.id());
     let (mut stdin, stderr) = (child.stdin.take(), child.stderr.take());
