@@ -208,7 +208,8 @@ async fn teams_gets_a_card_whose_data_is_no_markdown_and_that_is_small_enough() 
     assert_eq!(attachment["contentType"], "application/vnd.microsoft.card.adaptive");
     let card = &attachment["content"];
     assert_eq!((&card["type"], card["version"].as_str()), (&"AdaptiveCard".into(), Some("1.4")));
-    assert!(!json.to_string().contains("TextBlock"), "a TextBlock reads Markdown");
+    assert!(json.to_string().contains("\"RichTextBlock\""));
+    assert!(!json.to_string().contains("\"TextBlock\""), "a TextBlock reads Markdown");
     assert!(json.to_string().contains("walguard restore --to before:"));
 }
 
@@ -370,11 +371,14 @@ async fn no_error_holds_a_secret_whatever_the_receiver_says() {
     let message = message_of(&wipe(0, now()), Event::Opened);
     for toml in channels {
         let channel = open(&toml);
-        for answer in [Answer::Status(400, Vec::new(), format!("bad key {HUSH}")), Answer::Cut, Answer::status(302)] {
+        let says = |text: String| Answer::Status(400, Vec::new(), text);
+        // Where an answer is abridged, the secret may be cut.
+        let cut = format!("{}{HUSH}", "x".repeat(280));
+        for answer in [says(format!("bad key {HUSH}")), says(cut), Answer::Cut, Answer::status(302)] {
             receiver.answer(answer);
             let error = send(&channel, &message).await.unwrap_err();
             let said = format!("{error} {error:?} {channel:?} {:?}", channel.config());
-            assert!(!said.contains(HUSH), "{said}");
+            assert!(!said.contains(HUSH) && !said.contains(&HUSH[..16]), "{said}");
         }
     }
 }
@@ -397,7 +401,10 @@ async fn a_secret_can_be_rotated_while_the_agent_runs() {
 /// A shell script as a channel's program.
 fn script(scratch: &Scratch, name: &str, text: &str) -> String {
     use std::os::unix::fs::PermissionsExt as _;
-    let path = scratch.file(name, format!("#!/bin/sh\n{text}\n"));
+    // Another process writes what will be run: a file that is open for writing here would be so in each process that
+    // another test starts at this moment, and cannot be run as long as it is.
+    let (source, path) = (scratch.file(&format!("{name}.sh"), format!("#!/bin/sh\n{text}\n")), scratch.join(name));
+    assert!(Command::new("cp").args([&source, &path]).status().unwrap().success());
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
     format!("{path:?}")
 }
@@ -437,6 +444,10 @@ async fn what_the_end_of_a_program_means() {
     assert!(send(&channel("later", "exit 75"), &message).await.unwrap_err().is_transient());
     let deaf = "exec 0<&-; head -c 1000000 /dev/zero >&2; exit 0";
     send(&channel("deaf", deaf), &message).await.expect("a program need not read, and may say a lot");
+    let replaced = channel("replaced", "exit 0");
+    let writes = std::fs::File::options().append(true).open(scratch.join("replaced")).unwrap();
+    assert!(send(&replaced, &message).await.unwrap_err().is_transient(), "it will be whole in a moment");
+    drop(writes);
     let missing = open("kind = \"command\"\ncommand = [\"/nowhere/alarm\"]");
     assert!(!send(&missing, &message).await.unwrap_err().is_transient());
 }
