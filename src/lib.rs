@@ -1,15 +1,20 @@
 //! walguard protects a PostgreSQL cluster: it streams the cluster's WAL, keeps it compressed and off-site next to base
-//! backups, and rebuilds the database as it was at any moment since the oldest of them.
+//! backups, understands it as it passes, tells people of damage and who did it, and rebuilds the database as it was at any
+//! moment since the oldest backup.
 //!
 //! ```text
 //!                    replication connection                         one loop each, under `supervisor`
 //!  +----------+  XLogData  +---------+ append +-----------+  read  +---------+   put    +------------+
 //!  | Postgres | ---------> | capture | -----> |   spool   | -----> | archive | -------> | repository |  S3 or local
-//!  | walsender| <--------- |         | fsync  +-----------+        +---------+          | write-once |
-//!  +----------+  feedback: flush = archived                                             +------------+
-//!                                                                                              |
-//!  +----------+  base backup extracted, WAL fetched, replay watched to the exact target         |
-//!  | restored | <-------------------------------- restore <------------------------------------+
+//!  | walsender| <--------- |         | fsync  +-----------+   |    +---------+          | write-once |
+//!  +----------+  feedback: flush = archived         |         |                         +------------+
+//!       ^                                            \  read  v    +--------+  indexes, names   ^  |
+//!       |  SQL: names, row counts, who is at work     `------> scan| decode | -----------------'|  |
+//!       +--------------------------------------------------------->| detect |  incidents        |  |
+//!                                                                  +--------+ ------------------'  |
+//!                                                                      `-----> notify -> people    |
+//!  +----------+  base backup extracted, WAL fetched, replay watched to the exact target            |
+//!  | restored | <-------------------------------- restore <---------------------------------------+
 //!  +----------+
 //! ```
 //!

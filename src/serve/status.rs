@@ -206,13 +206,15 @@ pub struct InForce {
 }
 
 /// How far the WAL is understood.
-#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(default)]
 pub struct ScanStatus {
     /// Everything before this was decoded.
     pub position: Option<Position>,
     /// Transactions and subtransactions that are open there.
     pub open_transactions: u64,
+    /// Processor time that reading and decoding took since the agent was started, in seconds.
+    pub cpu_seconds: f64,
     /// Records or pages that could not be understood since the agent was started.
     pub faults_total: u64,
     /// Indexes and snapshots of names written since the agent was started.

@@ -163,6 +163,8 @@ struct Step {
     indexer: Indexer,
     seen: Vec<Seen>,
     fault: Option<DecodeError>,
+    /// What reading and decoding took of a processor.
+    cpu: Duration,
 }
 
 impl Scan {
@@ -263,6 +265,7 @@ impl Scan {
                 available => {
                     let step = self.step(indexer, current, available).await?;
                     indexer = step.indexer;
+                    self.board.update(|s| s.scan.cpu_seconds += step.cpu.as_secs_f64());
                     self.tell_fault(step.fault);
                     self.tell_fault(indexer.observer_mut().take_fault());
                     if !self.tell(step.seen, current.timeline, &indexer, &mut telling).await {
@@ -432,6 +435,7 @@ impl Scan {
     /// Decodes a piece, where it holds up nobody.
     async fn step(&self, mut indexer: Indexer, current: SegmentName, piece: Available) -> Result<Step, ScanError> {
         let work = move || {
+            let begin = thread_cpu();
             let bytes = match piece {
                 Available::Bytes(bytes) => bytes,
                 Available::File(file, length) => {
@@ -456,7 +460,7 @@ impl Scan {
                     }
                 }
             }
-            Ok(Step { indexer, seen, fault })
+            Ok(Step { indexer, seen, fault, cpu: thread_cpu().saturating_sub(begin) })
         };
         let done = tokio::task::spawn_blocking(work).await;
         done.unwrap_or(Err(ScanError::Lost("the decoding of a piece of WAL ended early")))
@@ -506,6 +510,12 @@ impl Scan {
             self.board.update(|s| s.scan.unindexed_total += 1);
         }
     }
+}
+
+/// Processor time that this thread has taken.
+fn thread_cpu() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec.try_into().unwrap_or_default(), time.tv_nsec.try_into().unwrap_or_default())
 }
 
 /// Tells names, and what hinders them.
