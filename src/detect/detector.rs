@@ -284,7 +284,9 @@ impl Detector {
             let Incident { transactions, tables, .. } = &mut active.incident;
             for transaction in transactions.iter_mut().filter(|known| known.who.source < super::WhoSource::Activity) {
                 let found = who(&Asked::known(transaction, tables));
-                if found.source > transaction.who.source {
+                if found.source == transaction.who.source && found.note.is_some() {
+                    transaction.who.note = found.note; // why it is not known is known better by now
+                } else if found.source > transaction.who.source {
                     active.sessions.extend(session_of(&found));
                     transaction.who = found;
                     is_better = true;
@@ -501,6 +503,7 @@ impl Detector {
     fn group(&mut self, ended: Ended<'_>, suspicion: Option<usize>, who: Witness<'_>) {
         let Ended { transaction, damages, .. } = &ended;
         let mut ties = Ties::of(damages, &transaction.ddl, &ended.who);
+        ties.schemas.extend(ended.drafts.iter().filter_map(whole_database));
         let losses: Vec<&Damage> = damages.iter().filter(|damage| is_small_loss(damage)).collect();
         let place = suspicion.or_else(|| self.related(&ties, transaction.time));
         if ended.drafts.is_empty() && suspicion.is_none() {
@@ -1047,6 +1050,12 @@ fn micros(span: Duration) -> i64 {
     i64::try_from(span.as_micros()).unwrap_or(i64::MAX)
 }
 
+/// The history of migrations tells of all tables of its database: what is lost there just then belongs to it.
+fn whole_database(draft: &Draft) -> Option<(Oid, String)> {
+    let relation = draft.relation.as_ref().filter(|_| draft.rule == RuleName::MigrationHistory)?;
+    Some((relation.database, String::new()))
+}
+
 fn session_of(who: &Who) -> Option<Session> {
     who.actor.pid.zip(who.actor.backend_start)
 }
@@ -1162,6 +1171,7 @@ impl Active {
         }
         self.tables.extend(ties.tables);
         self.schemas.extend(ties.schemas);
+        self.schemas.extend(drafts.iter().filter_map(whole_database));
         self.sessions.extend(ties.session);
         is_news
     }

@@ -133,6 +133,8 @@ struct Glimpse {
     actor: Arc<Actor>,
     begin: PgTime,
     end: PgTime,
+    /// Since when its session may have run other statements that no sample shows: the sample before.
+    unseen_from: PgTime,
 }
 
 /// What the samples told, for as long as somebody may ask.
@@ -165,6 +167,7 @@ impl Activity {
     /// Remembers what a sample shows.
     pub fn learn(&mut self, sample: &Sample) {
         let Some(at) = sample.at else { return };
+        let before = self.watched.map_or(at, |(_, last)| last);
         self.watched = Some((self.watched.map_or(at, |(first, _)| first), at));
         self.standby = sample.standby;
         self.is_hidden = !sample.sees_all;
@@ -178,7 +181,7 @@ impl Activity {
                 let note = if session.is_hidden { Some(NOTE_HIDDEN) } else { note };
                 self.remember(xid, &owner.actor, note, at);
             }
-            self.glimpse(session, at);
+            self.glimpse(session, before, at);
         }
         // A process may have ended one transaction and begun another between the two queries of a sample: its
         // subtransactions are only believed together with the transaction that its session shows.
@@ -232,7 +235,7 @@ impl Activity {
         }
     }
 
-    fn glimpse(&mut self, session: &Session, at: PgTime) {
+    fn glimpse(&mut self, session: &Session, before: PgTime, at: PgTime) {
         let (Some(begin), Some(change)) = (session.query_start, session.state_change) else { return };
         let end = if session.is_active { at } else { change };
         let known = self.glimpses.iter_mut().rev().take(256).find(|glimpse| {
@@ -246,7 +249,8 @@ impl Activity {
                 if self.glimpses.len() == GLIMPSES_MAX {
                     self.glimpses.pop_front();
                 }
-                self.glimpses.push_back(Glimpse { actor: session.actor.clone(), begin, end });
+                let unseen_from = session.actor.backend_start.map_or(before, |start| before.max(start));
+                self.glimpses.push_back(Glimpse { actor: session.actor.clone(), begin, end, unseen_from });
             }
         }
     }
@@ -312,9 +316,11 @@ impl Activity {
         }
         let hidden =
             if self.is_hidden { "; and the agent's role lacks pg_monitor, so statements are not shown" } else { "" };
-        let candidates = self.nearby(question, ended);
+        let candidates = self.nearby(question, |glimpse| glimpse.begin <= ended && ended <= glimpse.end);
         match candidates.as_slice() {
-            [] => unknown(format!("it was over before a sample of the sessions was taken{hidden}")),
+            [] => self
+                .in_a_row(question, ended)
+                .unwrap_or_else(|| unknown(format!("it was over before a sample of the sessions was taken{hidden}"))),
             [only] => Who {
                 actor: Actor::clone(only),
                 source: WhoSource::Nearby,
@@ -331,11 +337,30 @@ impl Activity {
         }
     }
 
-    /// Sessions whose statement began before `ended` and ended after it; if several, those whose statement names what
-    /// was touched.
-    fn nearby(&self, question: &Question<'_>, ended: PgTime) -> Vec<&Actor> {
+    /// Of a session that ran several statements between two samples only the last one shows. If it is the only one in the
+    /// database that may have changed anything then, the others are likely its own, too.
+    fn in_a_row(&self, question: &Question<'_>, ended: PgTime) -> Option<Who> {
+        let candidates = self.nearby(question, |glimpse| {
+            let query = glimpse.actor.query.as_deref().unwrap_or_default();
+            glimpse.unseen_from <= ended && ended < glimpse.begin && telling(query) >= TELLS_OF_CHANGE
+        });
+        let [only] = candidates.as_slice() else { return None };
+        Some(Who {
+            // The statement shown is a later one.
+            actor: Actor { query: None, ..Actor::clone(only) },
+            source: WhoSource::Nearby,
+            note: Some(
+                "the only session that changed anything in this database just then; its statements were too quick to be \
+                 seen one by one"
+                    .to_owned(),
+            ),
+        })
+    }
+
+    /// Sessions of which there is such a glimpse; if several, those whose statement names what was touched.
+    fn nearby(&self, question: &Question<'_>, is_meant: impl Fn(&Glimpse) -> bool) -> Vec<&Actor> {
         let mut found: Vec<&Actor> = Vec::new();
-        for glimpse in self.glimpses.iter().filter(|glimpse| glimpse.begin <= ended && ended <= glimpse.end) {
+        for glimpse in self.glimpses.iter().filter(|glimpse| is_meant(glimpse)) {
             let is_elsewhere = match (question.database, glimpse.actor.database.as_deref()) {
                 (Some(asked), Some(database)) => asked != database,
                 _ => false,
@@ -519,6 +544,18 @@ mod tests {
         let found = who_at(&activity, 119, &["users"]);
         assert_eq!((found.source, found.actor.pid), (WhoSource::Nearby, Some(7)));
         assert_eq!(who_at(&activity, 125, &["users"]).source, WhoSource::Unknown);
+    }
+
+    #[test]
+    fn of_statements_in_a_row_the_last_one_speaks_for_its_session_if_no_other_was_at_work() {
+        let mut activity = Activity::new();
+        activity.learn(&sample(0, vec![]));
+        activity.learn(&sample(250, vec![ended(7, 200, 210, "DELETE FROM games"), ended(8, 130, 140, "SELECT 1")]));
+        let found = who_at(&activity, 100, &["users"]);
+        assert_eq!((found.source, found.actor.pid, found.actor.query), (WhoSource::Nearby, Some(7), None));
+        // Another session that may have done it is one too many.
+        activity.learn(&sample(500, vec![ended(7, 400, 410, "DELETE FROM a"), ended(9, 420, 430, "DELETE FROM b")]));
+        assert_eq!(who_at(&activity, 300, &["users"]).source, WhoSource::Unknown);
     }
 
     #[test]

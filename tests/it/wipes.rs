@@ -3,21 +3,22 @@
 use std::time::Duration;
 
 use walguard::detect::incident::{Incident, TableDamage};
-use walguard::detect::{RuleName, Severity};
+use walguard::detect::{RuleName, Severity, State};
 
 use crate::archived_wal::repository;
 use crate::harness::webhook::Webhook;
 use crate::harness::{Agent, Cluster, Scratch};
-use crate::replays::wait_scanned;
+use crate::replays::{wait_scanned, wait_watching};
 
 /// A way to lose rows: what it is called, what it needs, how it is done (each statement by itself), which table suffers,
-/// and which rule must speak.
+/// and which rules may speak.
 struct Way {
     name: &'static str,
     before: &'static str,
     statements: &'static [&'static str],
     table: &'static str,
-    rule: RuleName,
+    /// Any of these.
+    rules: &'static [RuleName],
     /// What must be true of the table.
     holds: fn(&TableDamage) -> bool,
 }
@@ -38,7 +39,7 @@ const WAYS: &[Way] = &[
             "DELETE FROM small_steps",
         ],
         table: "postgres.public.small_steps",
-        rule: RuleName::TableEmptied,
+        rules: &[RuleName::TableEmptied],
         holds: emptied,
     },
     Way {
@@ -48,7 +49,7 @@ const WAYS: &[Way] = &[
                  $$ BEGIN FOR n IN 1..300 LOOP DELETE FROM single WHERE id = n; COMMIT; END LOOP; END $$",
         statements: &["CALL one_by_one()"],
         table: "postgres.public.single",
-        rule: RuleName::RowsDeleted,
+        rules: &[RuleName::RowsDeleted, RuleName::TableEmptied],
         holds: |damage| damage.deleted >= 100,
     },
     Way {
@@ -58,7 +59,7 @@ const WAYS: &[Way] = &[
                  INSERT INTO children SELECT i, 1 + i % 3 FROM generate_series(1, 400) i",
         statements: &["DELETE FROM parents WHERE id = 1"],
         table: "postgres.public.children",
-        rule: RuleName::RowsDeleted,
+        rules: &[RuleName::RowsDeleted],
         holds: |damage| damage.deleted == 133,
     },
     Way {
@@ -69,7 +70,7 @@ const WAYS: &[Way] = &[
                  INSERT INTO measured SELECT i, 1 + i % 2 FROM generate_series(1, 400) i",
         statements: &["DELETE FROM measured"],
         table: "postgres.public.measured_2",
-        rule: RuleName::TableEmptied,
+        rules: &[RuleName::TableEmptied],
         holds: emptied,
     },
     Way {
@@ -78,7 +79,7 @@ const WAYS: &[Way] = &[
                  CREATE FUNCTION clean() RETURNS void LANGUAGE sql AS 'DELETE FROM called'",
         statements: &["SELECT clean()"],
         table: "postgres.public.called",
-        rule: RuleName::TableEmptied,
+        rules: &[RuleName::TableEmptied],
         holds: emptied,
     },
     Way {
@@ -87,8 +88,9 @@ const WAYS: &[Way] = &[
         statements: &["BEGIN; CREATE TABLE swapped_new AS SELECT * FROM swapped WHERE id <= 10; \
              ALTER TABLE swapped RENAME TO swapped_old; ALTER TABLE swapped_new RENAME TO swapped; \
              DROP TABLE swapped_old; COMMIT"],
-        table: "postgres.public.swapped",
-        rule: RuleName::DropTable,
+        // It is called so when it goes.
+        table: "postgres.public.swapped_old",
+        rules: &[RuleName::DropTable, RuleName::TableReplaced],
         holds: |damage| damage.dropped || damage.replaced,
     },
     Way {
@@ -97,7 +99,7 @@ const WAYS: &[Way] = &[
                  INSERT INTO marked SELECT generate_series(1, 400)",
         statements: &["UPDATE marked SET deleted = true"],
         table: "postgres.public.marked",
-        rule: RuleName::MassUpdate,
+        rules: &[RuleName::MassUpdate],
         holds: |damage| damage.updated == 400,
     },
     Way {
@@ -105,7 +107,7 @@ const WAYS: &[Way] = &[
         before: "CREATE TABLE prepared (id int); INSERT INTO prepared SELECT generate_series(1, 400)",
         statements: &["BEGIN; DELETE FROM prepared; PREPARE TRANSACTION 'wipe'", "COMMIT PREPARED 'wipe'"],
         table: "postgres.public.prepared",
-        rule: RuleName::TableEmptied,
+        rules: &[RuleName::TableEmptied],
         holds: emptied,
     },
     Way {
@@ -113,7 +115,7 @@ const WAYS: &[Way] = &[
         before: "CREATE TABLE truncated (id int); INSERT INTO truncated SELECT generate_series(1, 400)",
         statements: &["TRUNCATE truncated"],
         table: "postgres.public.truncated",
-        rule: RuleName::Truncate,
+        rules: &[RuleName::Truncate],
         holds: |damage| damage.truncated && emptied(damage),
     },
     Way {
@@ -121,7 +123,7 @@ const WAYS: &[Way] = &[
         before: "CREATE TABLE dropped (id int); INSERT INTO dropped SELECT generate_series(1, 400)",
         statements: &["DROP TABLE dropped"],
         table: "postgres.public.dropped",
-        rule: RuleName::DropTable,
+        rules: &[RuleName::DropTable],
         holds: |damage| damage.dropped,
     },
     Way {
@@ -130,7 +132,7 @@ const WAYS: &[Way] = &[
         statements: &["BEGIN; SAVEPOINT a; DELETE FROM nested WHERE id <= 200; RELEASE a; SAVEPOINT b; \
                        DELETE FROM nested; COMMIT"],
         table: "postgres.public.nested",
-        rule: RuleName::TableEmptied,
+        rules: &[RuleName::TableEmptied],
         holds: emptied,
     },
 ];
@@ -142,13 +144,17 @@ async fn however_rows_are_made_to_go_it_is_noticed() {
         cluster.sql(way.before).await;
     }
     cluster.sql("ANALYZE").await;
+    // What was inserted just before it is deleted is no loss: the agent begins behind the insertions.
+    for statement in ["CHECKPOINT", "SELECT pg_switch_wal()", "CHECKPOINT"] {
+        cluster.sql(statement).await;
+    }
     let scratch = Scratch::new();
     let url = scratch.repo_url();
     let receiver = Webhook::start().await;
     let settings = format!("[backup]\ninterval = \"0s\"\n{}", receiver.settings());
     let mut agent = Agent::builder(&cluster, &url).settings(&settings).spawn();
     agent.wait_streaming(&cluster).await;
-    wait_scanned(&agent, &cluster).await;
+    wait_watching(&agent, &cluster).await;
     let client = cluster.client().await;
     for way in WAYS {
         for statement in way.statements {
@@ -161,7 +167,7 @@ async fn however_rows_are_made_to_go_it_is_noticed() {
         incidents.iter().any(|incident| {
             incident.tables.iter().any(|damage| damage.name == way.table && (way.holds)(damage))
                 && incident.findings.iter().any(|finding| {
-                    finding.rule == way.rule && finding.table.as_deref().is_none_or(|table| table == way.table)
+                    way.rules.contains(&finding.rule) && finding.table.as_deref().is_none_or(|table| table == way.table)
                 })
         })
     };
@@ -186,7 +192,7 @@ const ORDINARY: &[&str] = &[
     "REINDEX TABLE CONCURRENTLY accounts",
     "REFRESH MATERIALIZED VIEW totals",
     "REFRESH MATERIALIZED VIEW CONCURRENTLY totals",
-    "ALTER TABLE accounts ALTER balance TYPE bigint",
+    "ALTER TABLE queue ALTER job TYPE varchar(100)",
     "ALTER TABLE accounts ADD COLUMN note text NOT NULL DEFAULT ''",
     "UPDATE accounts SET balance = balance + 1 WHERE id <= 400",
     "CREATE TABLE restored AS SELECT * FROM accounts",
@@ -221,10 +227,11 @@ async fn ordinary_work_alarms_nobody() {
         .await;
     let scratch = Scratch::new();
     let url = scratch.repo_url();
-    let settings = "[backup]\ninterval = \"0s\"\n[detect]\nroutine = [\"*.public.days_*\"]\n";
+    let settings = "[backup]\ninterval = \"0s\"\n[[detect.adjust]]\nrules = [\"drop-table\"]\n\
+                    tables = [\"public.days_*\"]\nseverity = \"off\"\n";
     let mut agent = Agent::builder(&cluster, &url).settings(settings).spawn();
     agent.wait_streaming(&cluster).await;
-    wait_scanned(&agent, &cluster).await;
+    wait_watching(&agent, &cluster).await;
     let client = cluster.client().await;
     for statement in ORDINARY {
         client.batch_execute(statement).await.unwrap_or_else(|error| panic!("{statement}: {error:?}"));
@@ -241,6 +248,9 @@ async fn ordinary_work_alarms_nobody() {
     }
     wait_scanned(&agent, &cluster).await;
     let found = repository(&url).await.incidents(None).await.unwrap().incidents;
-    let critical: Vec<_> = found.iter().filter(|incident| incident.severity >= Severity::Critical).collect();
+    // What was announced while it was open, and rolled back then, says so.
+    let critical =
+        found.iter().filter(|incident| incident.severity >= Severity::Critical && incident.state != State::Aborted);
+    let critical: Vec<_> = critical.collect();
     assert!(critical.is_empty(), "{:?}", critical.iter().map(|i| (&i.title, &i.findings)).collect::<Vec<_>>());
 }
