@@ -148,7 +148,7 @@ def main():
     options = f"-p {port} -k {space} -c listen_addresses=127.0.0.1 -c shared_buffers=256MB"
     run([f"{PGBIN}/pg_ctl", "-w", "-D", data, "-l", os.path.join(space, "server.log"), "-o", options, "start"])
     moto_port = free_port()
-    moto = as_postgres(
+    moto = subprocess.Popen(
         [MOTO, "-H", "127.0.0.1", "-p", str(moto_port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
