@@ -56,7 +56,11 @@ pub fn render(status: &Status) -> Result<String, fmt::Error> {
     metrics.count("content_stored_bytes", "WAL in them", status.store.content_bytes_total);
     metrics.count("stored_bytes", "The same, compressed", status.store.stored_bytes_total);
     metrics.count("store_failures", "Calls to the repository that failed", status.store.failures_total);
-    metrics.number("open_transactions", "Transactions that are open", status.scan.open_transactions as f64);
+    metrics.number(
+        "wal_open_transactions",
+        "Transactions that are open in the WAL",
+        status.scan.open_transactions as f64,
+    );
     metrics.seconds("scan_cpu", "Processor time that understanding the WAL took so far", status.scan.cpu_seconds);
     metrics.count("decode_faults", "Records or pages that were not understood", status.scan.faults_total);
     metrics.count("derived_objects", "Indexes and snapshots of names written", status.scan.derived_total);

@@ -23,6 +23,7 @@ use super::scan::Observed;
 use crate::backoff::{Chain, RetryPolicy};
 use crate::capture::ConnInfo;
 use crate::detect::detector::{Asked, Break, Condition, Detector, OpenWork};
+use crate::detect::silence::Silence;
 use crate::detect::{Config, DdlKind, Incident, RuleName, Severity, State, Who, WhoSource};
 use crate::guard::message::{self, Told};
 use crate::guard::{Losses, Question, Sessions};
@@ -44,6 +45,9 @@ const INCIDENTS_RESTORED: usize = 1_000;
 
 /// The repository is waited for so long before people are told.
 const WRITE_PATIENCE: Duration = Duration::from_secs(2);
+
+/// The repository is waited for so long when it is read, and when the agent stops.
+const READ_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Incidents that wait to be written; of more, those that were found first wait.
 const UNWRITTEN_MAX: usize = 1_024;
@@ -69,6 +73,14 @@ pub(super) struct Watch {
 
 type Counting = JoinHandle<Result<Vec<Counted>, RowsError>>;
 
+/// What people wrote into the repository meanwhile.
+struct Answers {
+    /// `None` if they could not be read.
+    silences: Option<Vec<Silence>>,
+    /// Those of the incidents asked for that could be read.
+    incidents: Vec<Incident>,
+}
+
 /// What the loop knows.
 struct Work {
     detector: Detector,
@@ -77,6 +89,7 @@ struct Work {
     at: Lsn,
     is_continuous: bool,
     counting: Option<Counting>,
+    looking: Option<JoinHandle<Answers>>,
     /// Size of the newest base backup.
     backup: Option<(String, u64)>,
     /// The last loss over SQL that was looked at.
@@ -106,13 +119,14 @@ impl Watch {
                     let sessions = self.sessions.clone();
                     work.detector.ask_again(&mut |asked| who(&sessions, asked), Timestamp::now());
                     self.take_counts(&mut work).await;
-                    if looked_at.is_none_or(|at| at.elapsed() >= LOOK_EVERY) {
+                    self.take_answers(&mut work).await;
+                    if work.looking.is_none() && looked_at.is_none_or(|at| at.elapsed() >= LOOK_EVERY) {
                         looked_at = Some(Instant::now());
-                        self.look(&mut work).await;
+                        self.look(&mut work);
                     }
                     if remembered_at.elapsed() >= REMEMBER_EVERY {
                         remembered_at = Instant::now();
-                        self.remember(&work).await;
+                        tokio::spawn(self.remember(&work));
                     }
                 }
             }
@@ -122,7 +136,7 @@ impl Watch {
             }
         }
         // A clean end costs nobody what was learned.
-        let _ = tokio::time::timeout(WRITE_PATIENCE, self.remember(&work)).await;
+        let _ = tokio::time::timeout(READ_PATIENCE, self.remember(&work)).await;
         Ok(())
     }
 
@@ -167,6 +181,7 @@ impl Watch {
             counting: Some(self.count(None)),
             backup: newest.map(|backup| (backup.label, backup.stored_bytes)),
             loss: 0,
+            looking: None,
         })
     }
 
@@ -277,22 +292,47 @@ impl Watch {
         }
     }
 
-    /// Silences, answers, and what is wrong besides transactions.
-    async fn look(&self, work: &mut Work) {
-        let now = Timestamp::now();
-        match tokio::time::timeout(WRITE_PATIENCE, self.repo.silences()).await {
-            Ok(Ok(silences)) => work.detector.set_silences(silences),
-            Ok(Err(error)) => tracing::debug!("silences cannot be read: {}", Chain(&error)),
-            Err(_) => tracing::debug!("silences cannot be read: the repository does not answer"),
-        }
-        for id in work.detector.unanswered().into_iter().take(16) {
-            if let Ok(Ok(Some(incident))) = tokio::time::timeout(WRITE_PATIENCE, self.repo.incident(&id)).await {
-                work.detector.answered(&incident);
-                self.board.update(|s| s.detect.see(seen(&incident)));
+    /// Silences, answers, and what is wrong besides transactions. A repository that is slow must not keep anybody from being
+    /// told of what comes meanwhile, so it is read beside this loop.
+    fn look(&self, work: &mut Work) {
+        let (repo, ids) = (self.repo.clone(), work.detector.unanswered());
+        work.looking = Some(tokio::spawn(async move {
+            let silences = match tokio::time::timeout(READ_PATIENCE, repo.silences()).await {
+                Ok(Ok(silences)) => Some(silences),
+                Ok(Err(error)) => {
+                    tracing::debug!("silences cannot be read: {}", Chain(&error));
+                    None
+                }
+                Err(_) => {
+                    tracing::debug!("silences cannot be read: the repository does not answer");
+                    None
+                }
+            };
+            let mut incidents = Vec::new();
+            for id in ids.into_iter().take(16) {
+                if let Ok(Ok(Some(incident))) = tokio::time::timeout(READ_PATIENCE, repo.incident(&id)).await {
+                    incidents.push(incident);
+                }
             }
-        }
+            Answers { silences, incidents }
+        }));
+        let now = Timestamp::now();
         self.conditions(work, now);
         self.lost_protection(work, now);
+        raise_unseen(&self.board);
+    }
+
+    /// Takes what was read of the repository, once it is there.
+    async fn take_answers(&self, work: &mut Work) {
+        let Some(looking) = work.looking.take_if(|looking| looking.is_finished()) else { return };
+        let Ok(answers) = looking.await else { return };
+        if let Some(silences) = answers.silences {
+            work.detector.set_silences(silences);
+        }
+        for incident in answers.incidents {
+            work.detector.answered(&incident);
+            self.board.update(|s| s.detect.see(seen(&incident)));
+        }
         raise_unseen(&self.board);
     }
 
@@ -384,18 +424,20 @@ impl Watch {
         if let Some(xid) = open.filter(|known| known.who.source < WhoSource::Activity).and_then(|known| known.xid) {
             let sessions = self.sessions.clone();
             tokio::spawn(async move {
-                sessions.look_up(&Question { xid: Some(xid), ..Question::default() }, WRITE_PATIENCE).await;
+                sessions.look_up(&Question { xid: Some(xid), ..Question::default() }, READ_PATIENCE).await;
             });
         }
     }
 
-    async fn remember(&self, work: &Work) {
-        if work.at == Lsn::ZERO {
-            return;
-        }
-        let memory = work.detector.memory(work.at);
-        if let Err(error) = self.repo.put_memory(work.timeline, work.at, &memory).await {
-            tracing::warn!("what was learned cannot be kept, will try again: {}", Chain(&error));
+    /// Keeps what was learned so far.
+    fn remember(&self, work: &Work) -> impl Future<Output = ()> + Send + use<> {
+        let (repo, timeline, at) = (self.repo.clone(), work.timeline, work.at);
+        let memory = (at != Lsn::ZERO).then(|| work.detector.memory(at));
+        async move {
+            let Some(memory) = memory else { return };
+            if let Err(error) = repo.put_memory(timeline, at, &memory).await {
+                tracing::warn!("what was learned cannot be kept, will try again: {}", Chain(&error));
+            }
         }
     }
 }
