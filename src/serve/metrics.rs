@@ -56,11 +56,8 @@ pub fn render(status: &Status) -> Result<String, fmt::Error> {
     metrics.count("content_stored_bytes", "WAL in them", status.store.content_bytes_total);
     metrics.count("stored_bytes", "The same, compressed", status.store.stored_bytes_total);
     metrics.count("store_failures", "Calls to the repository that failed", status.store.failures_total);
-    metrics.number(
-        "wal_open_transactions",
-        "Transactions that are open in the WAL",
-        status.scan.open_transactions as f64,
-    );
+    let open = status.scan.open_transactions as f64;
+    metrics.number("wal_open_transactions", "Transactions that are open in the WAL", open);
     metrics.seconds("scan_cpu", "Processor time that understanding the WAL took so far", status.scan.cpu_seconds);
     metrics.count("decode_faults", "Records or pages that were not understood", status.scan.faults_total);
     metrics.count("derived_objects", "Indexes and snapshots of names written", status.scan.derived_total);
@@ -78,11 +75,8 @@ pub fn render(status: &Status) -> Result<String, fmt::Error> {
         metrics.seconds("session_sample", "What the last sample took", status.who.sample_seconds);
     }
     metrics.count("nudges", "Times that the server was made to flush WAL that it held back", status.who.nudges_total);
-    metrics.number(
-        "flashback_snapshots",
-        "Snapshots that are held for rows to stay readable",
-        status.flashback.snapshots as f64,
-    );
+    let snapshots = status.flashback.snapshots as f64;
+    metrics.number("flashback_snapshots", "Snapshots that are held for rows to stay readable", snapshots);
     if let Some(age) = status.flashback.age_seconds {
         metrics.seconds("flashback_age", "Age of the oldest of them: vacuum removes nothing that it sees", age);
     }

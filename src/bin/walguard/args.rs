@@ -610,7 +610,7 @@ pub(crate) struct NotifyListArgs {}
 /// Shows the last archived hour unless a time is named. Exits with 3 if some of it could not be read.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Times (--from, --to) are read as `walguard restore --to` reads them:
+Times (--from, --to) are read as `restore --to` reads them:
   '2025-12-17 08:14 Asia/Jerusalem'   without a zone, in the zone of the settings
   '10 minutes ago'
 
