@@ -79,6 +79,8 @@ async fn every_archived_segment_has_the_index_that_the_archive_alone_gives_kills
     for round in 1..=4 {
         work(&cluster, round).await;
         if round % 2 == 0 {
+            // An agent that dies before its first index leaves segments to `index rebuild`.
+            wait_for("a first index", DEADLINE, || async { !indexed(&repo, 1).await.is_empty() }).await;
             agent.sigkill();
             agent.spawn_again();
             agent.wait_streaming(&cluster).await;
