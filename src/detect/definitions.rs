@@ -12,6 +12,7 @@ use super::names::{CatalogChange, CatalogChangeKind, Names};
 use super::transaction::precedes;
 use super::{DdlEvent, DdlKind, Relation, RelationKind};
 use crate::decode::catalog::{CatalogRow, ClassRow};
+use crate::decode::change::FIRST_NORMAL_OID;
 use crate::decode::rmgr::standby::RunningXacts;
 use crate::decode::rmgr::xact::TransactionEnd;
 use crate::pg::{Lsn, Oid, Xid};
@@ -61,7 +62,7 @@ const MESSAGE_BYTES_MAX: usize = 64 << 10;
 /// Messages of one transaction: the guard writes one a statement, and the first ones say who it is.
 const MESSAGES_EACH_MAX: usize = 64;
 
-/// The schema of TOAST tables and their indexes, which go where their tables go.
+/// The schema of TOAST tables and their indexes.
 const TOAST_SCHEMA: Oid = Oid(99);
 
 /// A trigger, rule or event trigger does not fire in an ordinary session (Postgres: `tgenabled`, `ev_enabled` and
@@ -229,6 +230,9 @@ impl Work {
 
     fn created(&mut self, database: Oid, class: &ClassRow, names: &Names) -> Option<Recognised> {
         self.made.insert((database, class.oid));
+        if is_systems(class) {
+            return None;
+        }
         let is_told = matches!(class.kind, b'r' | b'p' | b'v' | b'm' | b'f');
         if !is_told || class.rewrite != Oid(0) || class.persistence == b't' {
             return None;
@@ -243,7 +247,7 @@ impl Work {
         after: &ClassRow,
         names: &Names,
     ) -> Option<Recognised> {
-        if after.rewrite != Oid(0) || after.persistence == b't' || after.namespace == TOAST_SCHEMA {
+        if after.rewrite != Oid(0) || after.persistence == b't' || is_systems(after) {
             return None;
         }
         let relation = names.relation_of(change.database, after).map(Arc::new);
@@ -321,8 +325,13 @@ impl Work {
     }
 }
 
+/// The server's own: catalogs and their views, and TOAST tables, which go where their tables go.
+const fn is_systems(class: &ClassRow) -> bool {
+    class.oid.0 < FIRST_NORMAL_OID || class.namespace.0 == TOAST_SCHEMA.0
+}
+
 fn dropped(database: Oid, class: &ClassRow, names: &Names) -> Option<Recognised> {
-    if class.rewrite != Oid(0) || class.persistence == b't' || class.namespace == TOAST_SCHEMA {
+    if class.rewrite != Oid(0) || class.persistence == b't' || is_systems(class) {
         return None;
     }
     let kind = match class.kind {
