@@ -340,11 +340,15 @@ impl Activity {
     /// Of a session that ran several statements between two samples only the last one shows. If it is the only one in the
     /// database that may have changed anything then, the others are likely its own, too.
     fn in_a_row(&self, question: &Question<'_>, ended: PgTime) -> Option<Who> {
-        let candidates = self.nearby(question, |glimpse| {
-            let query = glimpse.actor.query.as_deref().unwrap_or_default();
-            glimpse.unseen_from <= ended && ended < glimpse.begin && telling(query) >= TELLS_OF_CHANGE
+        // Whoever only read did not do it; whoever shows a COMMIT may have.
+        let telling_of = |actor: &Actor| telling(actor.query.as_deref().unwrap_or_default());
+        let candidates = self.sessions_of(question, |glimpse| {
+            glimpse.unseen_from <= ended && ended < glimpse.begin && telling_of(&glimpse.actor) != TELLS_OF_READING
         });
         let [only] = candidates.as_slice() else { return None };
+        if telling_of(only) < TELLS_OF_CHANGE {
+            return None;
+        }
         Some(Who {
             // The statement shown is a later one.
             actor: Actor { query: None, ..Actor::clone(only) },
@@ -359,6 +363,22 @@ impl Activity {
 
     /// Sessions of which there is such a glimpse; if several, those whose statement names what was touched.
     fn nearby(&self, question: &Question<'_>, is_meant: impl Fn(&Glimpse) -> bool) -> Vec<&Actor> {
+        let found = self.sessions_of(question, is_meant);
+        if found.len() > 1 {
+            let names_it = |actor: &&Actor| {
+                let query = actor.query.as_deref().unwrap_or_default().to_lowercase();
+                telling(&query) >= TELLS_OF_CHANGE && question.tables.iter().any(|table| names(&query, table))
+            };
+            let named: Vec<&Actor> = found.iter().copied().filter(|actor| names_it(actor)).collect();
+            if !named.is_empty() {
+                return named;
+            }
+        }
+        found
+    }
+
+    /// Sessions in the database of which there is such a glimpse.
+    fn sessions_of(&self, question: &Question<'_>, is_meant: impl Fn(&Glimpse) -> bool) -> Vec<&Actor> {
         let mut found: Vec<&Actor> = Vec::new();
         for glimpse in self.glimpses.iter().filter(|glimpse| is_meant(glimpse)) {
             let is_elsewhere = match (question.database, glimpse.actor.database.as_deref()) {
@@ -372,20 +392,20 @@ impl Activity {
                 found.push(&glimpse.actor);
             }
         }
-        if found.len() > 1 {
-            let names_it = |actor: &&Actor| {
-                let query = actor.query.as_deref().unwrap_or_default().to_lowercase();
-                telling(&query) >= TELLS_OF_CHANGE
-                    && question.tables.iter().any(|table| query.contains(&table.to_lowercase()))
-            };
-            let named: Vec<&Actor> = found.iter().copied().filter(|actor| names_it(actor)).collect();
-            if !named.is_empty() {
-                return named;
-            }
-        }
         found
     }
 }
+
+/// True if a statement, in small letters, names a table: as a word, for a name may be as short as a letter.
+fn names(query: &str, table: &str) -> bool {
+    let table = table.to_lowercase();
+    let name = table.rsplit('.').next().unwrap_or(&table);
+    query.contains(&table) && !name.chars().all(|c| c.is_alphanumeric() || c == '_')
+        || query.split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == name)
+}
+
+/// What [`telling`] gives to a statement that reads.
+const TELLS_OF_READING: u8 = 1;
 
 /// The least that [`telling`] gives to a statement that may change rows.
 const TELLS_OF_CHANGE: u8 = 2;
@@ -553,7 +573,11 @@ mod tests {
         activity.learn(&sample(250, vec![ended(7, 200, 210, "DELETE FROM games"), ended(8, 130, 140, "SELECT 1")]));
         let found = who_at(&activity, 100, &["users"]);
         assert_eq!((found.source, found.actor.pid, found.actor.query), (WhoSource::Nearby, Some(7), None));
-        // Another session that may have done it is one too many.
+        // Another session that may have done it is one too many, and one that shows only its COMMIT may have.
+        let mut busy = Activity::new();
+        busy.learn(&sample(0, vec![]));
+        busy.learn(&sample(250, vec![ended(7, 200, 210, "DELETE FROM games"), ended(8, 220, 230, "END")]));
+        assert_eq!(who_at(&busy, 100, &["users"]).source, WhoSource::Unknown);
         activity.learn(&sample(500, vec![ended(7, 400, 410, "DELETE FROM a"), ended(9, 420, 430, "DELETE FROM b")]));
         assert_eq!(who_at(&activity, 300, &["users"]).source, WhoSource::Unknown);
     }
