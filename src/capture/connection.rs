@@ -354,6 +354,17 @@ impl Connection {
         }
     }
 
+    /// Opens a replication connection that hangs on the database of `info`: the only kind that decodes WAL.
+    pub(super) async fn open_database(info: &ConnInfo) -> Result<Self, CaptureError> {
+        match first_suitable(info, Purpose::ReplicationByDatabase).await? {
+            Session::Walsender(mut connection) => {
+                connection.wire.allow_rows();
+                Ok(*connection)
+            }
+            Session::Sql(..) => unreachable!("asked for a walsender"),
+        }
+    }
+
     async fn start(
         info: &ConnInfo,
         host: &Host,

@@ -447,6 +447,16 @@ impl ConnInfo {
         self
     }
 
+    /// The same place, with a setting of the server for these sessions. It stands behind those of the connection string,
+    /// so it wins.
+    #[must_use]
+    pub fn with_setting(mut self, name: &str, value: &str) -> Self {
+        let before = self.options.take().filter(|options| !options.is_empty());
+        let before = before.map(|options| options + " ").unwrap_or_default();
+        self.options = Some(format!("{before}-c {name}={value}"));
+        self
+    }
+
     /// The same place, with SQL in another database.
     #[must_use]
     pub fn with_dbname(mut self, dbname: &str) -> Self {
@@ -467,6 +477,40 @@ impl ConnInfo {
             return SslMode::Disable; // libpq: sslmode says nothing about Unix sockets
         }
         self.tls.mode.unwrap_or(if host.is_local() { SslMode::Prefer } else { SslMode::Require })
+    }
+
+    /// What libpq's programs take the same place and credentials from: `PG*` variables. They hold the password.
+    ///
+    /// # Errors
+    /// If the password file cannot be read.
+    pub fn child_environment(&self) -> Result<Vec<(&'static str, String)>, CaptureError> {
+        let list = |text: &dyn Fn(&Host) -> String| self.hosts.iter().map(text).collect::<Vec<_>>().join(",");
+        let mut variables = vec![
+            ("PGHOST", list(&|host| host.name.clone())),
+            ("PGPORT", list(&|host| host.port.to_string())),
+            ("PGUSER", self.user.clone()),
+            ("PGDATABASE", self.dbname.clone()),
+            ("PGAPPNAME", self.application_name.clone()),
+            ("PGTARGETSESSIONATTRS", self.target_session_attrs.as_str().to_owned()),
+            ("PGOPTIONS", self.options.clone().unwrap_or_default()),
+        ];
+        if self.hosts.iter().any(|host| host.address.is_some()) {
+            let address = |host: &Host| host.address.map(|address| address.to_string()).unwrap_or_default();
+            variables.push(("PGHOSTADDR", list(&address)));
+        }
+        let mode = self.hosts.first().map(|host| self.ssl_mode(host));
+        variables.extend(mode.map(|mode| ("PGSSLMODE", mode.as_str().to_owned())));
+        if let Some(RootCert::File(path) | RootCert::Default(path)) = &self.tls.root {
+            variables.push(("PGSSLROOTCERT", path.display().to_string()));
+        }
+        let pems = [("PGSSLCERT", &self.tls.cert), ("PGSSLKEY", &self.tls.key)];
+        variables.extend(pems.iter().filter_map(|(name, pem)| Some((*name, pem.as_ref()?.path.display().to_string()))));
+        let limit = self.connect_timeout.map(|limit| limit.as_secs().max(2).to_string());
+        variables.extend(limit.map(|limit| ("PGCONNECT_TIMEOUT", limit)));
+        let host = self.hosts.first();
+        let password = host.map(|host| self.password_for(host, &self.dbname)).transpose()?.flatten();
+        variables.extend(password.map(|password| ("PGPASSWORD", password.reveal().to_owned())));
+        Ok(variables)
     }
 
     /// True if the connection string (or `PGPASSWORD`) holds a password, so that it must not be written down.
@@ -749,32 +793,27 @@ fn percent_decode(key: &str, text: &str) -> Result<String, CaptureError> {
     String::from_utf8(bytes).map_err(|_| fault("not UTF-8"))
 }
 
-/// The password file, if it is there and nobody else can read it. (libpq: `passwordFromFile`.)
+/// The password file, if it is there and nobody else can read it. (libpq: `passwordFromFile`.) One that cannot be used is
+/// told of once, and not with each connection; one that cannot even be looked at, as root's home under `sudo`, is nobody's.
 fn read_passfile(path: &Path) -> Option<String> {
     use std::os::unix::fs::PermissionsExt;
+    static TOLD: std::sync::Once = std::sync::Once::new();
+    let ignored = |problem: &dyn fmt::Display| {
+        TOLD.call_once(|| tracing::warn!("ignored password file {}: {problem}", path.display()));
+        None
+    };
     let metadata = match std::fs::metadata(path) {
         Ok(metadata) => metadata,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
-        Err(error) => {
-            tracing::warn!("ignored password file {}: {error}", path.display());
-            return None;
-        }
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied) => return None,
+        Err(error) => return ignored(&error),
     };
     if !metadata.is_file() {
-        tracing::warn!("ignored password file {}: not a plain file", path.display());
-        return None;
+        return ignored(&"not a plain file");
     }
     if metadata.permissions().mode() & 0o077 != 0 {
-        tracing::warn!("ignored password file {}: group or others may read it; chmod 0600 it", path.display());
-        return None;
+        return ignored(&"group or others may read it; chmod 0600 it");
     }
-    match std::fs::read_to_string(path) {
-        Ok(text) => Some(text),
-        Err(error) => {
-            tracing::warn!("ignored password file {}: {error}", path.display());
-            None
-        }
-    }
+    std::fs::read_to_string(path).map_or_else(|error| ignored(&error), Some)
 }
 
 /// The password of the first line `host:port:database:user:password` that matches; `*` matches anything, `\` escapes.

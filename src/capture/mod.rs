@@ -10,6 +10,7 @@
 //! stream     START_REPLICATION               -> WAL
 //! base_backup BASE_BACKUP                    -> the tar archives of a base backup
 //! feedback   when to tell the server how far we are                       (pure)
+//! logical    publications and slot of logical replication
 //! spool      WAL -> local segment files, fsynced: the queue of the archiver
 //! probe      what of the server's settings would hurt                     (findings for people)
 //! ```
@@ -28,6 +29,7 @@ mod conninfo;
 mod dial;
 mod error;
 pub mod feedback;
+pub mod logical;
 pub mod probe;
 pub mod spool;
 mod stream;
@@ -42,7 +44,7 @@ pub use conninfo::{ChannelBinding, ConnInfo, Environment, Host, SslMode, TargetS
 pub use error::{CaptureError, ServerError};
 pub use feedback::Feedback;
 pub use stream::{StreamEvent, WalStream};
-pub use walsender::{Created, SlotInfo, Start, SystemInfo, Walsender};
+pub use walsender::{Created, LogicalSlot, SlotInfo, SlotLife, Start, SystemInfo, Walsender};
 
 /// How the agent reaches the cluster: the `[postgres]` table of the settings.
 #[derive(Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

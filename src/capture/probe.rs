@@ -42,15 +42,15 @@ impl Finding {
         Self { level, topic: topic.to_owned(), text: text.into(), hint: None }
     }
 
-    fn ok(topic: &str, text: impl Into<String>) -> Self {
+    pub(super) fn ok(topic: &str, text: impl Into<String>) -> Self {
         Self::new(Level::Ok, topic, text)
     }
 
-    fn warning(topic: &str, text: impl Into<String>, hint: impl Into<String>) -> Self {
+    pub(super) fn warning(topic: &str, text: impl Into<String>, hint: impl Into<String>) -> Self {
         Self { hint: Some(hint.into()), ..Self::new(Level::Warning, topic, text) }
     }
 
-    fn error(topic: &str, text: impl Into<String>, hint: impl Into<String>) -> Self {
+    pub(super) fn error(topic: &str, text: impl Into<String>, hint: impl Into<String>) -> Self {
         Self { hint: Some(hint.into()), ..Self::new(Level::Error, topic, text) }
     }
 }

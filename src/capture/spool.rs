@@ -376,10 +376,16 @@ fn read_or_make_holder(folder: &Path) -> Result<String, SpoolError> {
     Ok(holder)
 }
 
+/// The folder of a timeline's segments. Others lie beside them, and are not the spool's to touch.
+fn is_of_timeline(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    name.len() == 8 && name.bytes().all(|b| b.is_ascii_hexdigit()) && path.is_dir()
+}
+
 /// What an earlier agent left in `folder`. A `.partial` is removed: nobody knows how much of it reached the disk.
 fn scan(folder: &Path, size: SegmentSize) -> Result<Spooled, SpoolError> {
     let mut found: BTreeMap<(TimelineId, Lsn), (SegmentName, u64, bool)> = BTreeMap::new();
-    for timeline in read_dir(folder)?.into_iter().filter(|path| path.is_dir()) {
+    for timeline in read_dir(folder)?.into_iter().filter(|path| is_of_timeline(path)) {
         for path in read_dir(&timeline)? {
             let file_name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
             let (stem, last) = match file_name.strip_suffix(Stage::Last.suffix()) {
@@ -845,6 +851,19 @@ mod tests {
         for (segment, length) in [(0, MIB), (MIB, MIB), (2 * MIB, 100)] {
             assert_eq!(content(&spool, &name(1, segment)), wal(segment, length));
         }
+    }
+
+    #[test]
+    fn what_others_keep_in_the_spool_outlives_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(open(dir.path()));
+        let (told, draft) = (dir.path().join("main/notify/told.json"), dir.path().join("main/00000001/draft"));
+        for path in [&told, &draft] {
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "{}").unwrap();
+        }
+        drop(open(dir.path()));
+        assert_eq!((told.exists(), draft.exists()), (true, false));
     }
 
     #[test]

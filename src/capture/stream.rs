@@ -9,7 +9,7 @@ use super::connection::read_row;
 use super::walsender::{Walsender, next_timeline};
 use super::wire::Frame;
 use super::{CaptureError, Feedback};
-use crate::pg::{Lsn, PgTime, Position};
+use crate::pg::{Lsn, PgTime, Position, TimelineId};
 
 /// What comes over a WAL stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,6 +58,9 @@ pub struct WalStream {
     walsender: Walsender,
     state: State,
     position: Position,
+    /// Each piece begins where the one before it ended. Decoded changes come in the order of their commits instead, each
+    /// with the place of its own record.
+    is_contiguous: bool,
     feedback: Feedback,
     heard_at: Instant,
     /// When we asked for a sign of life that has not come.
@@ -70,10 +73,18 @@ impl WalStream {
             walsender,
             state: State::Streaming,
             position: from,
+            is_contiguous: true,
             feedback: Feedback::default(),
             heard_at: Instant::now(),
             asked_at: None,
         }
+    }
+
+    /// A stream of decoded changes. Its [`StreamEvent::Wal`] holds one message of the output plugin each, with the place
+    /// of the record that it tells of; [`WalStream::position`] says nothing.
+    pub(super) fn of_changes(walsender: Walsender, from: Lsn) -> Self {
+        let from = Position { timeline: TimelineId::FIRST, lsn: from };
+        Self { is_contiguous: false, ..Self::new(walsender, from) }
     }
 
     /// Where the next WAL begins.
@@ -168,7 +179,9 @@ impl WalStream {
     /// XLogData (`w`) and primary keepalive (`k`).
     fn take_data(&mut self, mut payload: Bytes) -> Result<StreamEvent, CaptureError> {
         let event = read_data(&mut payload)?;
-        if let StreamEvent::Wal { start, data, .. } = &event {
+        if let StreamEvent::Wal { start, data, .. } = &event
+            && self.is_contiguous
+        {
             if *start != self.position.lsn {
                 let expected = self.position.lsn;
                 return Err(CaptureError::protocol(format!("WAL at {start} where {expected} was expected")));

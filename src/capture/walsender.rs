@@ -28,6 +28,28 @@ pub struct SlotInfo {
     pub restart: Option<Position>,
 }
 
+/// How long a logical slot lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SlotLife {
+    /// As long as the connection, whose next command ends the export of its snapshot.
+    Temporary,
+    /// Until it is dropped. With `failover` it is handed on to standbys, from 17 on; before, it is as without.
+    Kept {
+        /// Handed on.
+        failover: bool,
+    },
+}
+
+/// A logical slot that was just made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LogicalSlot {
+    /// Transactions that commit at or behind this place are decoded; those that committed before it are what the snapshot
+    /// sees.
+    pub consistent: Lsn,
+    /// The exported snapshot, for `SET TRANSACTION SNAPSHOT`, of a temporary slot.
+    pub snapshot: Option<String>,
+}
+
 /// Whether something was made or was there before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Created {
@@ -68,7 +90,10 @@ impl Walsender {
     /// [`CaptureError::NotPermitted`] and [`CaptureError::Tls`] want somebody; [`CaptureError::Unsupported`] for a
     /// server older than 14.
     pub async fn connect(config: &ConnInfo) -> Result<Self, CaptureError> {
-        let connection = Connection::open(config).await?;
+        Self::of(Connection::open(config).await?, config)
+    }
+
+    fn of(connection: Connection, config: &ConnInfo) -> Result<Self, CaptureError> {
         let text = connection.parameter("server_version").unwrap_or_default();
         let version = ServerVersion::parse(text)
             .ok_or_else(|| CaptureError::protocol(format!("the server reports version `{text}`")))?;
@@ -76,6 +101,14 @@ impl Walsender {
             return Err(CaptureError::Unsupported(format!("the server is PostgreSQL {version}, which is too old")));
         }
         Ok(Self { connection, version, receive_timeout: config.receive_timeout })
+    }
+
+    /// Opens a replication connection to the database of `config`, which can decode that database's WAL.
+    ///
+    /// # Errors
+    /// As [`Walsender::connect`].
+    pub async fn connect_to_database(config: &ConnInfo) -> Result<Self, CaptureError> {
+        Self::of(Connection::open_database(config).await?, config)
     }
 
     /// The server's version.
@@ -164,6 +197,74 @@ impl Walsender {
             Ok(_) => Ok(Created::New),
             Err(CaptureError::Server(error)) if error.code == "42710" => Ok(Created::Exists),
             Err(error) => Err(error),
+        }
+    }
+
+    /// Makes a slot that decodes the WAL of this connection's database with `pgoutput`. This waits until the transactions
+    /// that are open now have ended, however long that takes.
+    ///
+    /// # Errors
+    /// [`CaptureError::NotPermitted`] without the REPLICATION attribute; [`CaptureError::Server`] with `53400` if
+    /// `max_replication_slots` are in use, with `42710` if there is such a slot, with `55000` if `wal_level` is not
+    /// `logical`.
+    pub async fn create_logical_slot(&mut self, slot: &str, life: SlotLife) -> Result<LogicalSlot, CaptureError> {
+        check_slot_name(slot)?;
+        // The words before 15, as far as they do; later servers know them, too.
+        let (kind, options) = match life {
+            SlotLife::Temporary => ("TEMPORARY LOGICAL", "EXPORT_SNAPSHOT"),
+            SlotLife::Kept { failover: true } if self.knows_failover() => ("LOGICAL", "(SNAPSHOT 'nothing', FAILOVER)"),
+            SlotLife::Kept { .. } => ("LOGICAL", "NOEXPORT_SNAPSHOT"),
+        };
+        let command = format!("CREATE_REPLICATION_SLOT {slot} {kind} pgoutput {options}");
+        // No limit: a transaction that somebody forgot is waited for.
+        let rows = self.connection.query(&command).await?;
+        let row = only_row(&rows)?;
+        Ok(LogicalSlot {
+            consistent: parse(row, 1, "consistent_point")?,
+            snapshot: optional_text(row, 2, "snapshot_name")?.map(str::to_owned),
+        })
+    }
+
+    /// True if the server hands logical slots on to its standbys.
+    pub fn knows_failover(&self) -> bool {
+        self.server_version().major() >= 17
+    }
+
+    /// Has a logical slot handed on to standbys, or no longer, where the server can.
+    ///
+    /// # Errors
+    /// [`CaptureError::NotPermitted`], [`CaptureError::SlotInUse`], [`CaptureError::Server`].
+    pub async fn set_failover(&mut self, slot: &str, failover: bool) -> Result<(), CaptureError> {
+        check_slot_name(slot)?;
+        self.query(&format!("ALTER_REPLICATION_SLOT {slot} (FAILOVER {failover})")).await.map(drop)
+    }
+
+    /// Starts to stream decoded changes of the transactions that commit at or behind `from`, or behind what the slot has
+    /// been told before if that is later. The messages are those of `pgoutput`, protocol 2, with the changes of large
+    /// transactions before their commit.
+    ///
+    /// # Errors
+    /// [`CaptureError::SlotInUse`] passes; [`CaptureError::SlotMissing`] and [`CaptureError::WalRemoved`] (the slot was
+    /// invalidated) want a decision.
+    pub async fn start_logical(
+        mut self,
+        slot: &str,
+        from: Lsn,
+        publications: &[String],
+    ) -> Result<WalStream, CaptureError> {
+        check_slot_name(slot)?;
+        let quoted = |name: &String| format!("\"{}\"", name.replace('"', "\"\""));
+        let names = publications.iter().map(quoted).collect::<Vec<_>>().join(",").replace('\'', "''");
+        let command = format!(
+            "START_REPLICATION SLOT {slot} LOGICAL {from} (proto_version '2', streaming 'on', messages 'true', \
+             publication_names '{names}')"
+        );
+        let limit = self.receive_timeout;
+        match tokio::time::timeout(limit, self.begin_stream(&command)).await {
+            Ok(Ok(None)) => Ok(WalStream::of_changes(self, from)),
+            Ok(Ok(Some(_))) => Err(CaptureError::protocol("a stream of changes ends with a timeline")),
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(CaptureError::silent(self.endpoint(), "start the stream", limit)),
         }
     }
 

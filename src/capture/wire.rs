@@ -25,6 +25,10 @@ pub(super) const STARTUP_MESSAGE_LENGTH_MAX: usize = 64 << 10;
 /// build); a timeline history, in one row, has less than 100 bytes for each promotion.
 pub(super) const MESSAGE_LENGTH_MAX: usize = 16 << 20;
 
+/// The longest message of a stream of decoded rows, which holds a whole row: Postgres builds none longer than this
+/// (`MaxAllocSize` in `utils/memutils.h`). Memory is taken as the bytes come.
+pub(super) const ROW_LENGTH_MAX: usize = 1 << 30;
+
 const COPY_DATA: u8 = b'd';
 const COPY_BOTH_RESPONSE: u8 = b'W';
 
@@ -97,6 +101,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
     /// Allows the long messages that only an authenticated server sends.
     pub(super) fn allow_long_messages(&mut self) {
         self.length_max = MESSAGE_LENGTH_MAX;
+    }
+
+    /// Allows messages that hold a whole row of a table.
+    pub(super) fn allow_rows(&mut self) {
+        self.length_max = ROW_LENGTH_MAX;
     }
 
     /// The messages that [`flush`](Self::flush) sends: append to it.

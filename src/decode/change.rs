@@ -184,10 +184,11 @@ impl RowKind {
 
 impl std::ops::AddAssign for RowCounts {
     fn add_assign(&mut self, other: Self) {
-        self.inserted += other.inserted;
-        self.updated += other.updated;
-        self.deleted += other.deleted;
-        self.moved += other.moved;
+        // Those of an index come from the repository, where anything may stand.
+        self.inserted = self.inserted.saturating_add(other.inserted);
+        self.updated = self.updated.saturating_add(other.updated);
+        self.deleted = self.deleted.saturating_add(other.deleted);
+        self.moved = self.moved.saturating_add(other.moved);
     }
 }
 

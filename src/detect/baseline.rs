@@ -2,7 +2,8 @@
 //!
 //! A purge that ran at about this time on three days before is no news; nor is one that runs all day long. What was once
 //! reported is learned as well: the third time it is a habit. A table that is emptied is normal only if it was emptied
-//! before as often.
+//! before as often. Of a table whose rows come and go all the time the size of a transaction counts, and not the hour; a
+//! size that was reported is usual once it came three times, so that a queue that is drained to nothing is news no more.
 
 use foldhash::HashMap;
 
@@ -42,8 +43,11 @@ pub(super) struct Learned {
     /// The hour that is being watched, counted from 2000.
     hour: i64,
     now: Slot,
-    /// The most that one transaction deleted.
+    /// The most that one transaction deleted that was not reported.
     transaction_max: u64,
+    /// The most that one deleted that was reported, the most first.
+    #[serde(default)]
+    told_max: [u64; HABIT as usize],
     transactions: u64,
 }
 
@@ -100,14 +104,19 @@ impl Baseline {
 
     /// Whether no single transaction ever deleted nearly as much of this table: even a queue does not lose all at once.
     pub fn is_unusual_transaction(&self, table: TableKey, deletion: &Deletion) -> bool {
-        let learned = self.tables.get(&table).filter(|learned| learned.transactions >= u64::from(HABIT));
+        let learned = self.tables.get(&table).filter(|_| !self.is_new(table));
         learned.is_none_or(|learned| {
-            deletion.in_transaction > learned.transaction_max.saturating_mul(TRANSACTION_TOLERANCE)
+            deletion.in_transaction > learned.usual_transaction().saturating_mul(TRANSACTION_TOLERANCE)
         })
     }
 
-    /// Takes a deletion, once it was judged.
-    pub fn learn(&mut self, table: TableKey, deletion: &Deletion) {
+    /// Whether nothing is known yet of what single transactions delete of this table.
+    pub fn is_new(&self, table: TableKey) -> bool {
+        self.tables.get(&table).is_none_or(|learned| learned.transactions < u64::from(HABIT))
+    }
+
+    /// Takes a deletion, once it was judged. `is_told`: it was reported, and so is no measure by itself.
+    pub fn learn(&mut self, table: TableKey, deletion: &Deletion, is_told: bool) {
         if self.tables.len() >= TABLES_MAX && !self.tables.contains_key(&table) {
             return;
         }
@@ -121,7 +130,7 @@ impl Baseline {
         }
         learned.now.level = learned.now.level.max(deletion.in_window);
         learned.now.emptied = learned.now.emptied.max(u32::from(deletion.emptied));
-        learned.transaction_max = learned.transaction_max.max(deletion.in_transaction);
+        learned.note_transaction(deletion.in_transaction, is_told);
         learned.transactions = learned.transactions.saturating_add(1);
     }
 
@@ -148,6 +157,23 @@ impl Baseline {
 }
 
 impl Learned {
+    fn note_transaction(&mut self, rows: u64, is_told: bool) {
+        if !is_told {
+            self.transaction_max = self.transaction_max.max(rows);
+        } else if let [.., least] = &mut self.told_max
+            && rows > *least
+        {
+            *least = rows;
+            self.told_max.sort_unstable_by(|a, b| b.cmp(a));
+        }
+    }
+
+    /// The most rows that a transaction deletes usually.
+    fn usual_transaction(&self) -> u64 {
+        let [.., as_a_habit] = self.told_max;
+        self.transaction_max.max(as_a_habit)
+    }
+
     /// Adds the hour that is over to those of its kind.
     fn fold(&mut self) {
         let now = std::mem::take(&mut self.now);
@@ -191,11 +217,25 @@ mod tests {
     }
 
     #[test]
+    fn a_transactions_size_that_was_reported_is_usual_once_it_came_three_times() {
+        let mut baseline = Baseline::new();
+        for rows in [50, 40, 9_000] {
+            assert!(baseline.is_new(TABLE) && baseline.is_unusual_transaction(TABLE, &deletion(1, 40)));
+            baseline.learn(TABLE, &deletion(1, rows), true);
+        }
+        assert!(!baseline.is_unusual_transaction(TABLE, &deletion(1, 50)));
+        assert!(baseline.is_unusual_transaction(TABLE, &deletion(1, 9_000)), "once is no habit");
+        baseline.learn(TABLE, &deletion(1, 9_000), true);
+        baseline.learn(TABLE, &deletion(1, 9_000), true);
+        assert!(!baseline.is_unusual_transaction(TABLE, &deletion(1, 9_000)));
+    }
+
+    #[test]
     fn a_nightly_purge_is_normal_after_three_nights_and_at_night_only() {
         let mut baseline = Baseline::new();
         for night in 0..3 {
             assert!(!baseline.is_normal(TABLE, &deletion(night * 24 + 3, 1_000)), "night {night}");
-            baseline.learn(TABLE, &deletion(night * 24 + 3, 1_000));
+            baseline.learn(TABLE, &deletion(night * 24 + 3, 1_000), false);
         }
         let night = |hour: i64, rows| baseline.is_normal(TABLE, &deletion(3 * 24 + hour, rows));
         assert!(night(3, 1_000) && night(4, 1_900) && night(2, 10), "about as much at about that time");
@@ -208,7 +248,7 @@ mod tests {
         let mut baseline = Baseline::new();
         for week in 0..3 {
             assert!(!baseline.is_normal(TABLE, &emptied(week * 168 + 50, 70)));
-            baseline.learn(TABLE, &emptied(week * 168 + 50, 70));
+            baseline.learn(TABLE, &emptied(week * 168 + 50, 70), false);
         }
         assert!(baseline.is_normal(TABLE, &emptied(3 * 168 + 50, 70)));
     }
@@ -217,7 +257,7 @@ mod tests {
     fn what_happens_all_day_long_is_normal_at_any_hour() {
         let mut baseline = Baseline::new();
         for hour in 0..13 {
-            baseline.learn(TABLE, &deletion(hour, 500));
+            baseline.learn(TABLE, &deletion(hour, 500), false);
         }
         assert!(baseline.is_normal(TABLE, &deletion(20, 800)) && !baseline.is_normal(TABLE, &deletion(20, 1_100)));
     }
@@ -226,7 +266,7 @@ mod tests {
     fn one_wipe_makes_no_habit_however_many_transactions_it_takes() {
         let mut baseline = Baseline::new();
         for _ in 0..1_000 {
-            baseline.learn(TABLE, &deletion(5, 10_000));
+            baseline.learn(TABLE, &deletion(5, 10_000), false);
         }
         assert!(!baseline.is_normal(TABLE, &deletion(5, 100)) && !baseline.is_normal(TABLE, &deletion(29, 100)));
     }
@@ -236,7 +276,7 @@ mod tests {
         let mut baseline = Baseline::new();
         assert!(baseline.is_unusual_transaction(TABLE, &deletion(1, 1)), "nothing is known yet");
         for hour in 0..3 {
-            baseline.learn(TABLE, &deletion(hour, 10));
+            baseline.learn(TABLE, &deletion(hour, 10), false);
         }
         assert!(!baseline.is_unusual_transaction(TABLE, &deletion(9, 40)));
         assert!(baseline.is_unusual_transaction(TABLE, &deletion(9, 41)));
@@ -246,7 +286,7 @@ mod tests {
     fn what_was_learned_survives_a_restart() {
         let mut baseline = Baseline::new();
         for night in 0..3 {
-            baseline.learn(TABLE, &deletion(night * 24 + 3, 1_000));
+            baseline.learn(TABLE, &deletion(night * 24 + 3, 1_000), false);
         }
         let json = serde_json::to_string(&baseline.export()).unwrap();
         let mut again = Baseline::new();
@@ -259,10 +299,10 @@ mod tests {
     fn memory_is_bounded() {
         let mut baseline = Baseline::new();
         for oid in 0..5_000 {
-            baseline.learn((Oid(5), Oid(oid)), &deletion(1, 1));
+            baseline.learn((Oid(5), Oid(oid)), &deletion(1, 1), false);
         }
         for hour in 0..2_000 {
-            baseline.learn(TABLE, &deletion(hour, 1));
+            baseline.learn(TABLE, &deletion(hour, 1), false);
         }
         let export = baseline.export();
         assert!(export.len() == TABLES_MAX && export.iter().all(|(_, learned)| learned.slots.len() <= 168));

@@ -31,6 +31,8 @@ pub(super) struct Damage {
     pub(super) truncated: bool,
     /// The table that has its name now, and that one's rows.
     pub(super) replaced_by: Option<(TableKey, Option<Rows>)>,
+    /// The full name that the other took, if it was given away before this table was dropped under another.
+    pub(super) formerly: Option<String>,
 }
 
 impl Damage {
@@ -55,6 +57,12 @@ impl Damage {
         after.is_some_and(|after| after.count == 0) && had > 0
     }
 
+    /// Its name; both, if it was renamed before it was dropped.
+    pub(super) fn known_as(&self) -> String {
+        let name = self.relation.full_name();
+        self.formerly.as_ref().map_or(name.clone(), |formerly| format!("{formerly} (renamed to {name})"))
+    }
+
     /// `56 of about 1,200 rows`.
     pub(super) fn of_rows(lost: u64, before: Option<Rows>) -> String {
         match before {
@@ -76,6 +84,7 @@ impl Damage {
             truncated: self.truncated,
             dropped: self.step.dropped,
             replaced: self.replaced_by.is_some(),
+            formerly: self.formerly.clone(),
             partition_of: None,
         }
     }
@@ -116,6 +125,7 @@ pub(super) fn damages(work: &Work<'_>, live: &LiveRows) -> Vec<Damage> {
                 after: None,
                 truncated: false,
                 replaced_by: None,
+                formerly: None,
             });
             found.len() - 1
         })
@@ -188,6 +198,9 @@ fn find_replacements(work: &Work<'_>, found: &mut [Damage]) {
         let is_old = |damage: &&mut Damage| damage.key() != taken_over.0 && was_called(damage);
         if let Some(old) = found.iter_mut().find(is_old) {
             old.replaced_by = Some(taken_over);
+            let known_as =
+                Relation { schema: new.schema.clone(), name: new.name.clone(), ..(*old.relation).clone() }.full_name();
+            old.formerly = (known_as != old.relation.full_name()).then_some(known_as);
         }
     }
 }
@@ -241,12 +254,15 @@ mod tests {
         let found = of(&[tally(&new, inserted(7))], &[made.clone(), dropped, renamed.clone()], &rows);
         let swapped = found.iter().find(|damage| damage.relation.oid.0 == 20_000).unwrap();
         assert_eq!((swapped.lost(), swapped.told().after, swapped.told().replaced), (43, exact(7), true));
+        assert_eq!(swapped.told().formerly, None, "it was dropped under its own name");
 
         let away = table("t_old", 20_000);
         let away = event_of(DdlKind::Alter, Some(&away), "public.t");
         let found = of(&[], &[made, away, renamed], &rows);
         let swapped = found.iter().find(|damage| damage.relation.oid.0 == 20_000).unwrap();
         assert!(swapped.is_emptied() && swapped.lost() == 50, "{swapped:?}");
+        let told = swapped.told();
+        assert_eq!((told.name.as_str(), told.formerly.as_deref()), ("shop.public.t_old", Some("shop.public.t")));
     }
 
     #[test]

@@ -9,11 +9,9 @@ use std::sync::Arc;
 use foldhash::{HashMap, HashMapExt as _};
 
 use super::names::{CatalogChange, CatalogChangeKind, Names};
-use super::transaction::precedes;
-use super::{DdlEvent, DdlKind, Relation, RelationKind};
+use super::{DdlEvent, DdlKind, Relation, RelationKind, Running};
 use crate::decode::catalog::{CatalogRow, ClassRow};
 use crate::decode::change::FIRST_NORMAL_OID;
-use crate::decode::rmgr::standby::RunningXacts;
 use crate::decode::rmgr::xact::TransactionEnd;
 use crate::pg::{Lsn, Oid, Xid};
 
@@ -21,12 +19,19 @@ use crate::pg::{Lsn, Oid, Xid};
 /// more than any person reads. What is beyond is counted.
 const EVENTS_MAX: usize = 50_000;
 
+/// Transactions and subtransactions that touch catalogs, open at one time; and relations, or triggers, that one of them
+/// makes. What is beyond makes what its transaction is said to have done incomplete.
+const OPEN_MAX: usize = 65_536;
+const MADE_MAX: usize = 65_536;
+
 /// What open transactions did to definitions.
 #[derive(Debug, Default)]
 pub struct Definitions {
     open: HashMap<u32, Work>,
     events: usize,
     message_bytes: usize,
+    /// Something found no room since nothing was open last.
+    overflowed: bool,
 }
 
 /// What a transaction did that has ended.
@@ -79,8 +84,9 @@ impl Definitions {
 
     /// Takes a change of a catalog that is part of a transaction. `names` has seen it already.
     pub fn see(&mut self, xid: Xid, lsn: Lsn, change: &CatalogChange, names: &Names) {
-        let work = self.open.entry(xid.get()).or_default();
+        let Some(work) = self.work(xid) else { return };
         let Some((kind, relation, object)) = work.recognise(change, names) else { return };
+        let Some(work) = self.open.get_mut(&xid.get()) else { return };
         if self.events >= EVENTS_MAX {
             work.left_out += 1;
             return;
@@ -93,15 +99,45 @@ impl Definitions {
         work.events.push(DdlEvent { kind, lsn, database, relation, object });
     }
 
+    /// Takes something that a transaction did, where it is told in so many words.
+    pub(super) fn note(&mut self, xid: Xid, event: DdlEvent) {
+        let is_full = self.events >= EVENTS_MAX;
+        let Some(work) = self.work(xid) else { return };
+        if is_full {
+            work.left_out += 1;
+            return;
+        }
+        work.events.push(event);
+        self.events += 1;
+    }
+
     /// Takes a message for walguard.
     pub fn see_message(&mut self, xid: Xid, content: &[u8]) {
         let room = MESSAGES_BYTES_MAX - self.message_bytes;
-        let work = self.open.entry(xid.get()).or_default();
+        let Some(work) = self.work(xid) else { return };
         if content.len() > MESSAGE_BYTES_MAX.min(room) || work.messages.len() >= MESSAGES_EACH_MAX {
             return;
         }
-        self.message_bytes += content.len();
         work.messages.push(content.into());
+        self.message_bytes += content.len();
+    }
+
+    /// A file of a relation is emptied in place, which the server does where the transaction itself made the file: by a
+    /// `TRUNCATE` behind a statement that wrote the table anew.
+    pub(super) fn see_emptied(&mut self, xid: Xid, lsn: Lsn, relation: Arc<Relation>) {
+        if relation.kind == RelationKind::Table {
+            let database = relation.database;
+            self.note(xid, DdlEvent { kind: DdlKind::Truncate, lsn, database, relation: Some(relation), object: None });
+        }
+    }
+
+    /// What a transaction did so far; `None` if there is no room for one more.
+    fn work(&mut self, xid: Xid) -> Option<&mut Work> {
+        if self.open.len() >= OPEN_MAX && !self.open.contains_key(&xid.get()) {
+            self.overflowed = true;
+            return None;
+        }
+        Some(self.open.entry(xid.get()).or_default())
     }
 
     /// Messages for walguard of an open transaction or subtransaction.
@@ -136,18 +172,15 @@ impl Definitions {
             }
         }
         all.events.sort_by_key(|event| event.lsn);
+        all.left_out += u64::from(self.overflowed);
+        self.overflowed &= !self.open.is_empty();
         Done { events: all.summary(), left_out: all.left_out, messages: all.messages }
     }
 
     /// The transactions that are open: others never end.
-    pub fn see_running(&mut self, running: &RunningXacts<'_>) {
-        if self.open.is_empty() {
-            return;
-        }
-        let listed: HashSet<u32> = running.xids.iter().chain(running.subxids.iter()).map(Xid::get).collect();
-        let is_gone = |xid: &u32| !listed.contains(xid) && precedes(*xid, running.oldest_running_xid);
-        let gone: Vec<Xid> = self.open.keys().copied().filter(is_gone).filter_map(Xid::new).collect();
-        for xid in gone {
+    pub fn see_running(&mut self, running: &Running) {
+        let open = self.open.keys().copied().filter_map(Xid::new);
+        for xid in open.filter(|xid| running.is_gone(*xid)).collect::<Vec<_>>() {
             self.remove(xid);
         }
     }
@@ -186,7 +219,7 @@ impl Work {
             (before, Some(CatalogRow::Trigger { relation: table, name, enabled, .. })) => {
                 let was_off =
                     matches!(before, Some(CatalogRow::Trigger { enabled, .. }) if is_off(*enabled)) || before.is_none();
-                if !is_off(*enabled) {
+                if !is_off(*enabled) && self.triggers.len() < MADE_MAX {
                     self.triggers.insert((database, *table, name.clone()));
                 }
                 (is_off(*enabled) && !was_off).then(|| (DdlKind::DisableTrigger, relation(*table), Some(name.clone())))
@@ -229,7 +262,9 @@ impl Work {
     }
 
     fn created(&mut self, database: Oid, class: &ClassRow, names: &Names) -> Option<Recognised> {
-        self.made.insert((database, class.oid));
+        if self.made.len() < MADE_MAX {
+            self.made.insert((database, class.oid));
+        }
         if is_systems(class) {
             return None;
         }
@@ -280,7 +315,7 @@ impl Work {
         let dropped = keys_of(&[DdlKind::DropTable, DdlKind::DropOther]);
         let written_anew = keys_of(&[DdlKind::Truncate, DdlKind::Rewrite]);
         let told = keys_of(&[DdlKind::Create, DdlKind::Rewrite, DdlKind::Truncate]);
-        let mut altered = HashSet::new();
+        let (mut altered, mut emptied) = (HashSet::new(), HashSet::new());
         let mut last_drop: HashMap<(Oid, Oid, &str), Lsn> = HashMap::new();
         for event in self.events.iter().filter(|event| event.kind == DdlKind::DropTrigger) {
             if let (Some((database, oid)), Some(name)) = (key(event), &event.object) {
@@ -295,7 +330,11 @@ impl Work {
             let of_dropped = key.is_some_and(|key| dropped.contains(&key));
             let is_kept = match event.kind {
                 // What the transaction itself made is nobody's loss.
-                DdlKind::DropTable | DdlKind::DropOther if key.is_some_and(|key| self.made.contains(&key)) => false,
+                DdlKind::DropTable | DdlKind::DropOther | DdlKind::Truncate
+                    if key.is_some_and(|key| self.made.contains(&key)) =>
+                {
+                    false
+                }
                 DdlKind::DropOther if is_part => {
                     !owner.is_some_and(|owner| dropped.contains(&owner) || written_anew.contains(&owner))
                 }
@@ -308,7 +347,8 @@ impl Work {
                     !of_dropped && !is_made_anew
                 }
                 DdlKind::DisableTrigger | DdlKind::DropRule | DdlKind::DropPolicy | DdlKind::DropColumn => !of_dropped,
-                DdlKind::Truncate | DdlKind::Rewrite => !of_dropped,
+                DdlKind::Truncate => !of_dropped && key.is_none_or(|key| emptied.insert(key)),
+                DdlKind::Rewrite => !of_dropped,
                 DdlKind::Alter if event.object.is_some() => !of_dropped,
                 DdlKind::Alter => {
                     !of_dropped

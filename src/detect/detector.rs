@@ -22,14 +22,15 @@ use super::baseline::Baseline;
 use super::damage::{Damage, Work, damages};
 use super::incident::{
     DdlFinding, Finding, IncidentTransaction, LINES_MAX, Moment, Rows, Signature, TABLES_MAX, TRANSACTIONS_MAX,
-    TableDamage, TransactionState, condition_id, grouped, incident_id,
+    TableDamage, TransactionState, WHO_UNKNOWN, condition_id, grouped, incident_id,
 };
 use super::judge::{Draft, Judge, tables_of};
+use super::judged::Judged;
 use super::live_rows::{LiveRows, TableKey, is_partial, key_of};
 use super::rule::{Breaker, Config};
 use super::silence::Silence;
 use super::window::{Touch, WindowSum, Windows};
-use super::{DdlEvent, Incident, RuleName, Severity, State, Tally, Transaction, Who};
+use super::{DdlEvent, Incident, RuleName, Running, Severity, State, Tally, Transaction, Who, WhoSource};
 use crate::pg::{Lsn, Oid, PgTime, TimelineId, Xid};
 
 /// Incidents that something may still be added to; of more, the oldest are left as they are.
@@ -62,7 +63,7 @@ pub struct Detector {
     active: Vec<Active>,
     leads: Vec<Lead>,
     /// What ends here or before was judged by an agent before us.
-    judged_to: Lsn,
+    judged_to: Judged,
     /// What ends here or before is in what was learned.
     learned_to: Lsn,
     /// The latest end of a transaction, by the server's clock.
@@ -233,11 +234,16 @@ impl Detector {
             parents: HashMap::new(),
             active: Vec::new(),
             leads: Vec::new(),
-            judged_to: Lsn::ZERO,
+            judged_to: Judged::default(),
             learned_to: Lsn::ZERO,
             clock: None,
             breaks: Vec::new(),
         }
+    }
+
+    /// Databases are streamed apart from each other: how far one was judged says nothing of another.
+    pub fn apart(&mut self) {
+        self.judged_to.is_apart = true;
     }
 
     /// Takes the newest revisions of the incidents that are kept: what they hold is not reported again.
@@ -245,7 +251,7 @@ impl Detector {
         let timeline = self.timeline;
         for incident in incidents.into_iter().filter(|incident| incident.timeline == timeline) {
             if !incident.is_condition() {
-                self.judged_to = self.judged_to.max(incident.seen_to);
+                self.judged_to.restore(&incident);
             }
             if incident.state != State::Resolved {
                 self.activate(Active::of(incident));
@@ -254,9 +260,23 @@ impl Detector {
     }
 
     /// The WAL goes on on another timeline.
-    pub const fn follow(&mut self, timeline: TimelineId) {
+    pub fn follow(&mut self, timeline: TimelineId) {
         self.timeline = timeline;
-        self.judged_to = Lsn::ZERO;
+        self.judged_to.forget(Lsn::ZERO);
+        for active in &mut self.active {
+            active.end_with_timeline(timeline);
+        }
+    }
+
+    /// The server was restored to a moment of its past, and goes on from `fork`. What was counted of its rows is no longer
+    /// so; what ended before was judged.
+    pub fn go_back(&mut self, fork: Lsn) {
+        self.judged_to.forget(fork);
+        self.live = LiveRows::new();
+        self.windows = Windows::new(self.config.window);
+        self.leads.clear();
+        self.learned_to = Lsn::ZERO;
+        self.clock = None;
     }
 
     /// Live row counts, to be seeded.
@@ -282,7 +302,7 @@ impl Detector {
             }
             let mut is_better = false;
             let Incident { transactions, tables, .. } = &mut active.incident;
-            for transaction in transactions.iter_mut().filter(|known| known.who.source < super::WhoSource::Activity) {
+            for transaction in transactions.iter_mut().filter(|known| known.who.source < WhoSource::Activity) {
                 let found = who(&Asked::known(transaction, tables));
                 if found.source == transaction.who.source && found.note.is_some() {
                     transaction.who.note = found.note; // why it is not known is known better by now
@@ -349,7 +369,7 @@ impl Detector {
         };
         let damages = damages(&work, &self.live);
         let sums = self.count(transaction, &damages);
-        let is_judged = transaction.lsn <= self.judged_to && suspicion.is_none();
+        let is_judged = self.judged_to.holds(transaction) && suspicion.is_none();
         let known = (!is_judged).then(|| self.author_if_asked(transaction, &damages, &work, who)).flatten();
         let author = known.unwrap_or_default();
         let judge = Judge {
@@ -436,11 +456,10 @@ impl Detector {
             let deletion = super::baseline::Deletion {
                 time: transaction.time,
                 in_window: lost,
-                // What was reported is no measure of what a transaction usually does.
-                in_transaction: if told.contains(&damage.key()) { 0 } else { alone },
+                in_transaction: alone,
                 emptied: damage.is_emptied(),
             };
-            self.baseline.learn(damage.key(), &deletion);
+            self.baseline.learn(damage.key(), &deletion, told.contains(&damage.key()));
         }
     }
 
@@ -499,6 +518,17 @@ impl Detector {
         active.change = Some(Change::Urgent);
     }
 
+    /// The server wrote down which transactions are open: a suspicion of one that is gone is over. Its end was not seen,
+    /// because the server stopped without writing it.
+    pub fn see_running(&mut self, running: &Running, now: Timestamp) {
+        for active in &mut self.active {
+            let is_gone = |part: &mut OpenPart| part.begin < running.lsn && running.is_gone(part.xid);
+            for part in active.open.extract_if(.., is_gone).collect::<Vec<_>>() {
+                active.give_up(part, running.lsn, now);
+            }
+        }
+    }
+
     /// Finds the incident that findings belong to, or begins one.
     fn group(&mut self, ended: Ended<'_>, suspicion: Option<usize>, who: Witness<'_>) {
         let Ended { transaction, damages, .. } = &ended;
@@ -511,8 +541,8 @@ impl Detector {
                 return;
             }
             // More of the same, or of what belongs to it; or the beginning of something.
-            let is_quiet = |damage: &&&Damage| self.live.is_churning(damage.key());
-            let losses: Vec<&Damage> = losses.iter().filter(|damage| !is_quiet(damage)).copied().collect();
+            let is_quiet = |damage: &Damage| self.live.is_churning(damage.key()) || self.is_routine(damage, &ended);
+            let losses: Vec<&Damage> = losses.into_iter().filter(|damage| !is_quiet(damage)).collect();
             if losses.is_empty() {
                 return;
             }
@@ -542,6 +572,23 @@ impl Detector {
         });
         self.join(place, &ended, who);
         self.absorb_leads(place, transaction.time, who);
+    }
+
+    /// Whether the settings say of such a loss of this table that nothing is to be said of it.
+    fn is_routine(&self, damage: &Damage, ended: &Ended<'_>) -> bool {
+        let rule = match damage {
+            damage if damage.step.dropped => RuleName::DropTable,
+            damage if damage.truncated => RuleName::Truncate,
+            _ => RuleName::TableEmptied,
+        };
+        let case = super::rule::Case {
+            rule,
+            table: Some(&damage.relation),
+            who: &ended.who,
+            at: ended.transaction.time.timestamp(),
+            zone: &self.zone,
+        };
+        !self.config.is_watched(&damage.relation) || self.config.judge(&case, Severity::Critical).is_none()
     }
 
     fn holds(&self, place: usize, table: TableKey) -> bool {
@@ -648,6 +695,7 @@ impl Detector {
         let is_near = |active: &Active| {
             let incident = &active.incident;
             !incident.is_condition()
+                && incident.timeline == self.timeline // its places mean nothing on another
                 && incident.state != State::Resolved
                 && at.duration_since(incident.ended_at) <= span
                 && incident.began_at.duration_since(at) <= span
@@ -765,7 +813,9 @@ impl Detector {
 
     fn suspect(&mut self, open: &OpenWork<'_>, who: Witness<'_>, now: Timestamp) {
         let work = Work { tallies: open.tallies, ddl: open.ddl, is_complete: open.is_complete, lsn: open.lsn };
-        let damages = damages(&work, &self.live);
+        let mut damages = damages(&work, &self.live);
+        // WAL of the past, read at the start: whoever counted the rows since knows how it ended, and so shall we soon.
+        damages.retain(|damage| !self.live.is_counted_behind(damage.key(), open.lsn));
         let known = self
             .active
             .iter()
@@ -982,9 +1032,10 @@ impl Detector {
         if memory.format != MEMORY_FORMAT {
             return;
         }
-        self.live.import(memory.live);
         self.baseline.import(memory.baseline);
+        // On another timeline the server may have gone back: its rows are counted anew.
         if memory.timeline == self.timeline {
+            self.live.import(memory.live);
             self.learned_to = memory.lsn;
         }
     }
@@ -1056,8 +1107,9 @@ fn whole_database(draft: &Draft) -> Option<(Oid, String)> {
     Some((relation.database, String::new()))
 }
 
+/// The session that did it, if that is certain: one that was merely at work just then would tie together what many did.
 fn session_of(who: &Who) -> Option<Session> {
-    who.actor.pid.zip(who.actor.backend_start)
+    who.actor.pid.zip(who.actor.backend_start).filter(|_| who.source >= WhoSource::Activity)
 }
 
 impl Ties {
@@ -1129,6 +1181,26 @@ impl Active {
             }
         }
         active
+    }
+
+    /// Whatever was open when its timeline ended was rolled back by that; only what was prepared is still there.
+    fn end_with_timeline(&mut self, next: TimelineId) {
+        let Self { incident, open, .. } = self;
+        if incident.timeline == next {
+            return;
+        }
+        let is_left = |known: &IncidentTransaction| known.state == TransactionState::Open;
+        let left: Vec<_> = incident.transactions.iter_mut().filter(|known| is_left(known)).collect();
+        if left.is_empty() {
+            return;
+        }
+        for known in left {
+            known.state = TransactionState::Aborted;
+            open.retain(|part| (Some(part.xid), part.begin) != (known.xid, known.begin));
+        }
+        let (at, timeline) = (incident.ended_at, incident.timeline);
+        incident.note(at, format!("what was open was rolled back: timeline {timeline} ended, {next} goes on"));
+        self.change = Some(Change::Urgent);
     }
 
     fn is_about(&self, relation: &super::Relation) -> bool {
@@ -1217,6 +1289,25 @@ impl Active {
         }
         self.incident.seen_to = self.incident.seen_to.max(transaction.lsn);
         self.incident.ended_at = self.incident.ended_at.max(transaction.time.timestamp());
+    }
+
+    /// A suspicious transaction is open no more, and nothing ended it.
+    fn give_up(&mut self, part: OpenPart, lsn: Lsn, now: Timestamp) {
+        let is_it = |known: &&mut IncidentTransaction| known.xid == Some(part.xid) && known.begin == part.begin;
+        let incident = &mut self.incident;
+        if let Some(known) = incident.transactions.iter_mut().find(is_it) {
+            known.state = TransactionState::Aborted;
+        }
+        for action in incident.actions.iter_mut().filter(|action| action.xid == Some(part.xid)) {
+            action.aborted.get_or_insert(true);
+        }
+        if incident.tables.is_empty() {
+            incident.tables = part.tables;
+        }
+        let text = format!("transaction {} is gone without a commit: its server stopped", part.xid);
+        incident.moment(Moment { at: now, lsn: Some(lsn), text });
+        incident.seen_to = incident.seen_to.max(lsn);
+        self.change = Some(Change::Urgent);
     }
 
     fn add_damage(
@@ -1373,12 +1464,14 @@ impl Active {
         }
         if author.source == super::WhoSource::Unknown && !incident.is_condition() {
             let note = author.note.unwrap_or_else(|| "nobody saw the session that did it".to_owned());
-            let note = format!("who did it is not known: {note}");
-            if !incident.notes.contains(&note) && incident.notes.len() < LINES_MAX {
+            let note = format!("{WHO_UNKNOWN}: {note}");
+            if let Some(there) = incident.notes.iter_mut().find(|note| note.starts_with(WHO_UNKNOWN)) {
+                *there = note;
+            } else if incident.notes.len() < LINES_MAX {
                 incident.notes.push(note);
             }
         } else {
-            incident.notes.retain(|note| !note.starts_with("who did it is not known"));
+            incident.notes.retain(|note| !note.starts_with(WHO_UNKNOWN));
         }
         incident.title = title(incident, &tables);
     }

@@ -6,7 +6,7 @@
 use jiff::Timestamp;
 
 use super::rule::RuleName;
-use super::{DdlKind, Relation, Who};
+use super::{DdlKind, Relation, Who, WhoSource};
 use crate::pg::{Lsn, PgTime, TimelineId, Xid};
 
 /// Transactions kept one by one in an incident; a wipe in single rows has many more, which are counted.
@@ -17,6 +17,9 @@ pub const TABLES_MAX: usize = 1_000;
 
 /// Findings, changes of definitions and moments kept in an incident, each.
 pub const LINES_MAX: usize = 1_000;
+
+/// How a note begins that says why nobody knows who did it. There is one at most, the detector's own.
+pub(super) const WHO_UNKNOWN: &str = "who did it is not known";
 
 /// The version of this structure; greater numbers only add fields that may be left out.
 pub const FORMAT: u32 = 1;
@@ -282,6 +285,9 @@ pub struct TableDamage {
     /// Another table has its name now, and fewer rows.
     #[serde(default)]
     pub replaced: bool,
+    /// The full name that it had before it was renamed and the other took it.
+    #[serde(default)]
+    pub formerly: Option<String>,
     /// The partitioned table that it is a part of.
     #[serde(default)]
     pub partition_of: Option<String>,
@@ -553,7 +559,9 @@ impl Incident {
             }
         }
         for note in &other.notes {
-            if self.notes.len() < LINES_MAX && !self.notes.contains(note) {
+            // Who did it may be known by now, or better why it is not.
+            let is_ours = note.starts_with(WHO_UNKNOWN);
+            if !is_ours && self.notes.len() < LINES_MAX && !self.notes.contains(note) {
                 self.notes.push(note.clone());
             }
         }
@@ -564,6 +572,7 @@ impl Incident {
         for theirs in &other.transactions {
             let same = |ours: &&mut IncidentTransaction| ours.begin == theirs.begin && ours.xid == theirs.xid;
             if let Some(ours) = self.transactions.iter_mut().find(same)
+                && ours.who.source < WhoSource::Activity
                 && theirs.who.source > ours.who.source
             {
                 ours.who = theirs.who.clone();
@@ -661,14 +670,15 @@ mod tests {
             outcome: "terminated".into(),
             aborted: None,
         });
+        theirs.notes = vec![format!("{WHO_UNKNOWN}: the sample is still to come"), "no rows were saved".to_owned()];
         ours.take_answers(&theirs);
         ours.take_answers(&theirs);
+        assert_eq!(ours.notes, ["no rows were saved"], "what was said of who did it is the detector's to say");
         assert_eq!((ours.state, ours.actions.len(), ours.moments.len()), (State::Acknowledged, 1, 2));
     }
 
     #[test]
     fn the_surest_witness_is_believed() {
-        use super::super::WhoSource;
         let mut incident = incident();
         for source in [WhoSource::Unknown, WhoSource::Guard, WhoSource::Activity] {
             let who = Who { source, ..Who::default() };

@@ -112,7 +112,7 @@ impl Judge<'_> {
                 && self.add(
                     damage,
                     &case,
-                    Severity::Critical,
+                    self.severity_of_emptied(damage),
                     format!("{name} emptied{over}: {of_rows} deleted"),
                     sum,
                     drafts,
@@ -205,7 +205,7 @@ impl Judge<'_> {
     }
 
     fn replaced(&self, damage: &Damage, drafts: &mut Vec<Draft>) {
-        let name = damage.relation.full_name();
+        let name = damage.known_as();
         let Some((_, after)) = damage.replaced_by else { return };
         let (severity, text) = match (damage.before, after) {
             (Some(before), Some(after)) => {
@@ -340,6 +340,16 @@ impl Judge<'_> {
             breaker: judged.breaker,
         });
         true
+    }
+
+    /// A table by whose history rows come and go may be a queue that is drained to nothing, which is known once it happened
+    /// three times: until then nobody is woken up for it.
+    fn severity_of_emptied(&self, damage: &Damage) -> Severity {
+        let may_be_queue = self.config.learn
+            && !damage.truncated
+            && self.live.is_churning(damage.key())
+            && self.baseline.is_new(damage.key());
+        if may_be_queue { Severity::Warning } else { Severity::Critical }
     }
 
     fn is_normal(&self, damage: &Damage, lost: u64) -> bool {

@@ -133,6 +133,11 @@ impl LiveRows {
         live.deleted = live.deleted.max(deleted);
     }
 
+    /// Whether what is known of a table's rows was counted behind `lsn`.
+    pub fn is_counted_behind(&self, table: TableKey, lsn: Lsn) -> bool {
+        self.tables.get(&table).is_some_and(|live| live.count.is_some() && lsn < live.as_of)
+    }
+
     /// Rows just before a transaction that ends at `lsn`.
     pub fn before(&self, table: TableKey, lsn: Lsn, step: &RowStep) -> Option<Rows> {
         if step.created {

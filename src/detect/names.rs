@@ -11,19 +11,19 @@
 //! Where catalogs have their files is followed, too: through the file map, `VACUUM FULL` of a catalog, and databases made
 //! from others. **Bounded**: so many rows are kept ([`NamesLimits`]); what found no room has no name.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use foldhash::{HashMap, HashMapExt as _};
 
 use super::transaction::precedes;
-use super::{Owner, Owners, Persistence, Relation, RelationKind};
+use super::{Owner, Owners, Persistence, Relation, RelationKind, Running};
 use crate::decode::catalog::{Catalog, CatalogRow, ClassRow};
 use crate::decode::change::FIRST_NORMAL_OID;
 use crate::decode::heap_page;
 use crate::decode::rmgr::database::{DatabaseRecord, Directory};
 use crate::decode::rmgr::relmap::MapUpdate;
-use crate::decode::rmgr::standby::{RelationLock, RunningXacts};
+use crate::decode::rmgr::standby::RelationLock;
 use crate::decode::rmgr::xact::TransactionEnd;
 use crate::decode::rows::{RowContent, RowEvent, RowPlace, row_events};
 use crate::decode::{DecodeError, List, Record, WalMajor};
@@ -48,6 +48,19 @@ impl Default for NamesLimits {
         Self { rows: 100_000, columns: 30_000 }
     }
 }
+
+/// Marks of open transactions on rows, for each row that may be kept: one that makes it and one that deletes it.
+const MARKS_PER_ROW: usize = 2;
+
+/// Files of catalogs: ten for each of ten thousand databases.
+const FILES_MAX: usize = 100_000;
+
+/// Catalogs that one transaction locks, and files that it writes whole pages of: `VACUUM FULL` of a catalog after the other,
+/// or a new database.
+const LOCKED_EACH_MAX: usize = 1_024;
+
+/// Transactions that lock catalogs, or write whole pages of them.
+const LOCKING_MAX: usize = 65_536;
 
 /// A place in a catalog's file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -154,14 +167,15 @@ pub struct Names {
     rows: HashMap<RowKey, Row>,
     columns: usize,
     /// Rows of `pg_class` by the file that they name.
-    by_file: HashMap<RelFile, Vec<RowKey>>,
+    by_file: HashMap<RelFile, VecDeque<RowKey>>,
     /// Rows by what they are about: of `pg_class`, `pg_namespace` and `pg_database` themselves, of `pg_index` the index,
     /// of `pg_inherits` the child.
-    objects: HashMap<(Catalog, Oid, Oid), Vec<RowKey>>,
+    objects: HashMap<(Catalog, Oid, Oid), VecDeque<RowKey>>,
     /// Tables by their TOAST table.
     toast_of: HashMap<(Oid, Oid), Oid>,
-    /// Rows that open transactions touched.
+    /// Rows that open transactions touched, and how many entries those are.
     pending: HashMap<u32, Vec<RowKey>>,
+    marks: usize,
     /// Catalogs that open transactions lock: they may be about to get another file.
     locks: HashMap<u32, Vec<CatalogFile>>,
     /// Open transactions that write whole pages of catalogs, with the files.
@@ -188,6 +202,7 @@ impl Names {
             objects: HashMap::new(),
             toast_of: HashMap::new(),
             pending: HashMap::new(),
+            marks: 0,
             locks: HashMap::new(),
             imaged: HashMap::new(),
             cache: Mutex::default(),
@@ -259,10 +274,11 @@ impl Names {
             names.bind(of, file);
         }
         for (key, row) in snapshot.rows {
-            for xid in [row.inserted_by, row.deleted_by].into_iter().flatten() {
-                names.pending.entry(xid.get()).or_default().push(key);
-            }
+            let touched_by = [row.inserted_by, row.deleted_by];
             names.insert(key, row);
+            for xid in touched_by.into_iter().flatten() {
+                names.mark(xid, key);
+            }
         }
         names
     }
@@ -396,9 +412,23 @@ impl Names {
         let length = u32::try_from(length).unwrap_or_default();
         self.insert(key, Row { data: data.into(), length, xmin: 0, inserted_by: xid, deleted_by: None });
         if let Some(xid) = xid {
-            self.pending.entry(xid.get()).or_default().push(key);
+            self.mark(xid, key);
         }
         Some(row)
+    }
+
+    /// An open transaction touched a row that is kept. Without room for the mark the row stays as the transaction left it,
+    /// also if that is rolled back.
+    fn mark(&mut self, xid: Xid, key: RowKey) {
+        if !self.rows.contains_key(&key) {
+            return;
+        }
+        if self.marks >= MARKS_PER_ROW * (self.limits.rows + self.limits.columns) {
+            self.overflowed = true;
+            return;
+        }
+        self.marks += 1;
+        self.pending.entry(xid.get()).or_default().push(key);
     }
 
     /// Marks a row as deleted; gives what it said.
@@ -407,7 +437,7 @@ impl Names {
         let read = CatalogRow::read(of.catalog, self.major, &row.data);
         row.deleted_by = xid;
         match xid {
-            Some(xid) => self.pending.entry(xid.get()).or_default().push(key),
+            Some(xid) => self.mark(xid, key),
             None => self.remove(&key),
         }
         read
@@ -435,14 +465,14 @@ impl Names {
     /// Enters a row in the lists that it is looked up by.
     fn enter(&mut self, of: CatalogFile, key: RowKey, row: &CatalogRow) {
         let Some(object) = object_of(row) else { return };
-        self.objects.entry((of.catalog, of.database, object)).or_default().push(key);
+        self.objects.entry((of.catalog, of.database, object)).or_default().push_back(key);
         match row {
             CatalogRow::Class(class) => {
                 if class.toast != Oid(0) {
                     self.toast_of.insert((of.database, class.toast), class.oid);
                 }
                 if let Some(file) = self.file_of(of.database, class) {
-                    self.by_file.entry(file).or_default().push(key);
+                    self.by_file.entry(file).or_default().push_back(key);
                     self.forget_cached(file);
                 }
             }
@@ -486,17 +516,21 @@ impl Names {
         let Some(xid) = xid.filter(|_| fork == Fork::Main) else { return };
         let locked = self.locks.get(&xid.get()).and_then(|locked| locked.last()).copied();
         if let Some(of) = locked.filter(|of| of.database == file.database) {
-            self.files.entry(file).or_insert(of);
-            self.has_high_files = true;
-            self.imaged.entry(xid.get()).or_default().push(file);
+            self.know(file, of);
+            self.see_imaged(xid, file);
         }
+    }
+
+    /// A transaction writes whole pages of a catalog's file.
+    fn see_imaged(&mut self, xid: Xid, file: RelFile) {
+        self.overflowed |= !add(&mut self.imaged, xid.get(), file);
     }
 
     /// Relations are locked.
     pub fn see_locks(&mut self, locks: List<'_, RelationLock>) {
         for RelationLock { xid, database, relation } in locks.iter() {
             if let Some(catalog) = Catalog::of_oid(relation) {
-                self.locks.entry(xid).or_default().push(CatalogFile { catalog, database });
+                self.overflowed |= !add(&mut self.locks, xid, CatalogFile { catalog, database });
             }
         }
     }
@@ -542,7 +576,7 @@ impl Names {
                     let file = RelFile { tablespace: *tablespace, database: *database, number };
                     self.bind_if_new(CatalogFile { catalog, database: *database }, file);
                     if let Some(xid) = xid {
-                        self.imaged.entry(xid.get()).or_default().push(file);
+                        self.see_imaged(xid, file);
                     }
                 }
             }
@@ -574,21 +608,16 @@ impl Names {
             let key = RowKey { file: moved(key.file), ..key };
             self.insert(key, Row { inserted_by: maker, deleted_by: None, ..row });
             if let Some(maker) = maker {
-                self.pending.entry(maker.get()).or_default().push(key);
+                self.mark(maker, key);
             }
         }
     }
 
     /// The transactions that are open: what others that never ended did is undone.
-    pub fn see_running(&mut self, running: &RunningXacts<'_>) {
-        if self.pending.is_empty() && self.locks.is_empty() && self.imaged.is_empty() {
-            return;
-        }
-        let listed: BTreeSet<u32> = running.xids.iter().chain(running.subxids.iter()).map(Xid::get).collect();
+    pub fn see_running(&mut self, running: &Running) {
         let known = self.pending.keys().chain(self.locks.keys()).chain(self.imaged.keys());
-        let gone: BTreeSet<u32> =
-            known.copied().filter(|xid| !listed.contains(xid) && precedes(*xid, running.oldest_running_xid)).collect();
-        for xid in gone.into_iter().filter_map(Xid::new) {
+        let known = known.copied().filter_map(Xid::new);
+        for xid in known.filter(|xid| running.is_gone(*xid)).collect::<BTreeSet<Xid>>() {
             self.finish(xid, false);
         }
     }
@@ -606,7 +635,9 @@ impl Names {
     fn finish(&mut self, xid: Xid, committed: bool) {
         self.locks.remove(&xid.get());
         let mut imaged = self.imaged.remove(&xid.get()).unwrap_or_default();
-        for key in self.pending.remove(&xid.get()).unwrap_or_default() {
+        let touched = self.pending.remove(&xid.get()).unwrap_or_default();
+        self.marks -= touched.len();
+        for key in touched {
             let Some(row) = self.rows.get_mut(&key) else { continue };
             let (made, deleted) = (row.inserted_by == Some(xid), row.deleted_by == Some(xid));
             if (committed && deleted) || (!committed && made) {
@@ -670,7 +701,7 @@ impl Names {
             if let Some(CatalogRow::Class(class)) = self.read(&key)
                 && let Some(file) = self.file_of(database, &class)
             {
-                self.by_file.entry(file).or_default().push(key);
+                self.by_file.entry(file).or_default().push_back(key);
             }
         }
     }
@@ -683,9 +714,22 @@ impl Names {
     }
 
     fn bind(&mut self, of: CatalogFile, file: RelFile) {
-        self.files.insert(file, of);
-        self.bound.insert((of.database, of.catalog), file);
+        if self.know(file, of) {
+            self.files.insert(file, of);
+            self.bound.insert((of.database, of.catalog), file);
+        }
+    }
+
+    /// A file may be a catalog's; what it is known to be it stays. False if there is no room for one more.
+    fn know(&mut self, file: RelFile, of: CatalogFile) -> bool {
+        let is_full = self.files.len() >= FILES_MAX && !self.files.contains_key(&file);
+        if is_full {
+            self.overflowed = true;
+            return false;
+        }
+        self.files.entry(file).or_insert(of);
         self.has_high_files |= file.number >= FIRST_NORMAL_OID;
+        true
     }
 
     fn bind_if_new(&mut self, of: CatalogFile, file: RelFile) {
@@ -694,8 +738,7 @@ impl Names {
             Some(known) if *known == file => {}
             // The WAL will tell when it comes there; until then rows of both matter.
             Some(_) => {
-                self.files.entry(file).or_insert(of);
-                self.has_high_files |= file.number >= FIRST_NORMAL_OID;
+                self.know(file, of);
             }
         }
     }
@@ -754,7 +797,7 @@ impl Names {
     fn object(&self, catalog: Catalog, database: Oid, oid: Oid) -> Option<CatalogRow> {
         let keys = self.objects.get(&(catalog, database, oid))?;
         let is_there = |key: &&RowKey| self.rows.get(key).is_some_and(|row| row.deleted_by.is_none());
-        keys.iter().rev().find(is_there).or_else(|| keys.last()).and_then(|key| self.read(key))
+        keys.iter().rev().find(is_there).or_else(|| keys.back()).and_then(|key| self.read(key))
     }
 
     /// What `pg_class` says of a file, oldest version first.
@@ -894,9 +937,15 @@ const fn object_of(row: &CatalogRow) -> Option<Oid> {
     }
 }
 
-fn remove_from<K: std::hash::Hash + Eq>(map: &mut HashMap<K, Vec<RowKey>>, entry: &K, key: &RowKey) {
+/// Takes a version out of a list of them. A commit takes the oldest ones away and a rollback the newest: it is looked for
+/// from both ends, so that a transaction of ten thousand versions of a row does not take a hundred million steps.
+fn remove_from<K: std::hash::Hash + Eq>(map: &mut HashMap<K, VecDeque<RowKey>>, entry: &K, key: &RowKey) {
     if let Some(keys) = map.get_mut(entry) {
-        keys.retain(|other| other != key);
+        let length = keys.len();
+        let ends = (0..length.div_ceil(2)).flat_map(|step| [step, length - 1 - step]);
+        if let Some(place) = ends.into_iter().find(|place| keys.get(*place) == Some(key)) {
+            keys.remove(place);
+        }
         if keys.is_empty() {
             map.remove(entry);
         }
@@ -928,4 +977,80 @@ fn patched(
         data.push(*byte?);
     }
     Some((data, length))
+}
+
+/// Adds what a transaction did last to what it did, each thing once; the last is the last. False if there is no room.
+fn add<T: PartialEq>(all: &mut HashMap<u32, Vec<T>>, xid: u32, last: T) -> bool {
+    if all.len() >= LOCKING_MAX && !all.contains_key(&xid) {
+        return false;
+    }
+    let of_xid = all.entry(xid).or_default();
+    if let Some(place) = of_xid.iter().position(|known| *known == last) {
+        of_xid.remove(place);
+    } else if of_xid.len() >= LOCKED_EACH_MAX {
+        return false;
+    }
+    of_xid.push(last);
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pg::Oid;
+
+    const DATABASE: Oid = Oid(5);
+
+    fn of_namespaces() -> CatalogFile {
+        CatalogFile { catalog: Catalog::Namespace, database: DATABASE }
+    }
+
+    fn names(rows: usize) -> (Names, RelFile) {
+        let mut names = Names::new(WalMajor::V15, NamesLimits { rows, columns: 0 });
+        names.assume_catalogs(DATABASE, DEFAULT_TABLESPACE);
+        let number = Catalog::Namespace.oid().0;
+        (names, RelFile { tablespace: DEFAULT_TABLESPACE, database: DATABASE, number })
+    }
+
+    fn insert(names: &mut Names, file: RelFile, offset: u16, xid: u32) {
+        let row = CatalogRow::Namespace { oid: Oid(20_000), name: "shop".to_owned() };
+        let (_, data) = row.write(WalMajor::V15);
+        let key = RowKey { file, place: RowPlace { block: 0, offset } };
+        names.keep(of_namespaces(), key, &data, data.len(), Xid::new(xid));
+    }
+
+    #[test]
+    fn what_open_transactions_touch_takes_no_more_room_than_the_rows() {
+        let (mut names, file) = names(4);
+        for round in 0..1_000 {
+            insert(&mut names, file, 1 + round % 8, 700 + u32::from(round));
+        }
+        assert!(names.has_overflowed());
+        assert!(names.pending.values().map(Vec::len).sum::<usize>() <= MARKS_PER_ROW * 4, "{:?}", names.pending);
+        for xid in (700..1_700).filter_map(Xid::new) {
+            names.finish(xid, true);
+        }
+        assert_eq!((names.marks, names.pending.len()), (0, 0));
+    }
+
+    #[test]
+    fn what_a_transaction_locks_and_images_is_limited_however_much_it_says() {
+        let (mut names, _) = names(4);
+        for database in 0..2_000 {
+            let directory = Directory { database: Oid(20_000 + database), tablespace: DEFAULT_TABLESPACE };
+            names.see_database(&DatabaseRecord::Create(directory), Xid::new(700));
+        }
+        assert!(names.has_overflowed());
+        assert_eq!(names.imaged.values().map(Vec::len).sum::<usize>(), LOCKED_EACH_MAX);
+        assert!(names.files.len() <= FILES_MAX);
+    }
+
+    #[test]
+    fn the_catalog_that_is_locked_last_is_the_one_that_gets_the_next_file() {
+        let mut locks = HashMap::new();
+        for catalog in [Catalog::Class, Catalog::Namespace, Catalog::Class] {
+            assert!(add(&mut locks, 700, catalog));
+        }
+        assert_eq!(locks.get(&700).map(Vec::as_slice), Some(&[Catalog::Namespace, Catalog::Class][..]));
+    }
 }

@@ -2,7 +2,7 @@
 
 use super::definitions::{Definitions, MESSAGE_PREFIX};
 use super::names::Names;
-use super::{Limits, NamesLimits, Transaction, Transactions};
+use super::{Limits, NamesLimits, Running, Transaction, Transactions};
 use crate::decode::change::Action;
 use crate::decode::{Change, DecodeError, Record, RmgrId, WalMajor};
 
@@ -14,6 +14,7 @@ pub struct Observer {
     names: Names,
     /// A record of a catalog that could not be read; names may be wrong since.
     fault: Option<DecodeError>,
+    running: Option<Running>,
 }
 
 impl Observer {
@@ -21,7 +22,7 @@ impl Observer {
     /// to come; otherwise those that did are told as incomplete.
     pub fn new(names: Names, limits: Limits, is_from_start: bool) -> Self {
         let transactions = Transactions::new(limits, is_from_start);
-        Self { transactions, definitions: Definitions::new(), names, fault: None }
+        Self { transactions, definitions: Definitions::new(), names, fault: None, running: None }
     }
 
     /// Begins without any names: files stay without, but for those whose names the WAL tells.
@@ -84,12 +85,23 @@ impl Observer {
                 }
             }
             Action::FileCreated { file, fork } => self.names.see_file(*file, *fork, change.xid),
+            Action::FileTruncated(truncated) if truncated.empties_heap() => {
+                // A vacuum that cuts off empty pages is no part of a transaction.
+                if let Some(xid) = change.xid
+                    && let Some(relation) = self.names.relation_of_file(truncated.file)
+                {
+                    self.transactions.forget(xid, truncated.file);
+                    self.definitions.see_emptied(xid, change.lsn, relation);
+                }
+            }
             Action::Locked(locks) => self.names.see_locks(*locks),
             Action::Remapped(update) => self.names.see_map(update),
             Action::Database(database) => self.names.see_database(database, change.xid),
             Action::Running(running) => {
-                self.names.see_running(running);
-                self.definitions.see_running(running);
+                let running = Running::of(change.lsn, running);
+                self.names.see_running(&running);
+                self.definitions.see_running(&running);
+                self.running = Some(running);
             }
             _ => {}
         }
@@ -105,6 +117,11 @@ impl Observer {
     /// The first record of a catalog that could not be read since this was asked last.
     pub const fn take_fault(&mut self) -> Option<DecodeError> {
         self.fault.take()
+    }
+
+    /// The open transactions as the server wrote them down last, if it did since this was asked last.
+    pub const fn take_running(&mut self) -> Option<Running> {
+        self.running.take()
     }
 
     /// The names as of the record that was seen last.

@@ -105,7 +105,9 @@ fn quoted(name: &str) -> std::borrow::Cow<'_, str> {
     if !name.is_empty() && name.chars().all(is_plain) && !name.starts_with(|c: char| c.is_ascii_digit()) {
         return name.into();
     }
-    format!("\"{}\"", name.replace('"', "\"\"")).into()
+    // Whoever may name a table must not be able to write what a terminal takes for a command, or for another line.
+    let shown: String = name.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
+    format!("\"{}\"", shown.replace('"', "\"\"")).into()
 }
 
 /// What a relation is (Postgres: `pg_class.relkind`).

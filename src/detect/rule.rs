@@ -56,11 +56,13 @@ pub enum RuleName {
     Slot,
     /// WAL cannot be understood: it is archived, but nobody watches it.
     UnreadableWal,
+    /// A drill failed, or none has proved for too long that a restore works.
+    Drill,
 }
 
 impl RuleName {
     /// All of them.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::RowsDeleted,
         Self::TableEmptied,
         Self::TablesEmptied,
@@ -82,6 +84,7 @@ impl RuleName {
         Self::Gap,
         Self::Slot,
         Self::UnreadableWal,
+        Self::Drill,
     ];
 
     /// The name, `rows-deleted`.
@@ -108,6 +111,7 @@ impl RuleName {
             Self::Gap => "gap",
             Self::Slot => "slot",
             Self::UnreadableWal => "unreadable-wal",
+            Self::Drill => "drill",
         }
     }
 }

@@ -14,7 +14,8 @@ use super::rule::{Breaker, Config};
 use super::silence::Silence;
 use super::testing::*;
 use super::{
-    Actor, DdlEvent, DdlKind, Persistence, Relation, RelationKind, RuleName, Severity, State, Tally, Transaction,
+    Actor, DdlEvent, DdlKind, Persistence, Relation, RelationKind, RuleName, Running, Severity, State, Tally,
+    Transaction,
 };
 use super::{Who, WhoSource};
 use crate::decode::change::RowCounts;
@@ -26,6 +27,7 @@ struct World {
     xid: u32,
     millis: i64,
     session: Option<i32>,
+    source: WhoSource,
     role: &'static str,
     found: Vec<Incident>,
 }
@@ -37,7 +39,15 @@ impl World {
 
     fn with(config: Config) -> Self {
         let detector = Detector::new(config, TimeZone::UTC, TimelineId::FIRST);
-        Self { detector, xid: 100, millis: 0, session: Some(1), role: "app", found: Vec::new() }
+        Self {
+            detector,
+            xid: 100,
+            millis: 0,
+            session: Some(1),
+            source: WhoSource::Activity,
+            role: "app",
+            found: Vec::new(),
+        }
     }
 
     /// With tables of so many rows, exactly.
@@ -54,7 +64,7 @@ impl World {
     }
 
     fn who(&self) -> impl Fn(&Asked) -> Who + use<> {
-        let (session, role) = (self.session, self.role);
+        let (session, source, role) = (self.session, self.source, self.role);
         move |_| {
             let Some(pid) = session else { return Who::default() };
             let actor = Actor {
@@ -63,7 +73,7 @@ impl World {
                 backend_start: Some(time(-1_000)),
                 ..Actor::default()
             };
-            Who { actor, source: WhoSource::Activity, note: None }
+            Who { actor, source, note: None }
         }
     }
 
@@ -717,11 +727,83 @@ fn two_sessions_at_work_on_different_tables_are_two_incidents() {
 }
 
 #[test]
+fn a_suspicion_ends_with_the_server_that_its_transaction_ran_on() {
+    let mut world = World::with_tables(&[(&t(), 500)]);
+    world.open(300, &[tally(&t(), deleted(500))], &[]);
+    let tell = |world: &mut World, running: Running| {
+        world.detector.see_running(&running, at(world.millis));
+        world.take();
+        world.found[0].state
+    };
+    let xid = Xid::new(300).unwrap();
+    assert_eq!(tell(&mut world, Running::listing(Lsn::new(290_000), &[], 301)), State::Open, "WAL from before it");
+    assert_eq!(tell(&mut world, Running::listing(Lsn::new(310_000), &[xid], 300)), State::Open, "it is listed");
+    assert_eq!(tell(&mut world, Running::listing(Lsn::new(310_000), &[], 300)), State::Open, "it may have begun later");
+    assert_eq!(tell(&mut world, Running::listing(Lsn::new(320_000), &[], 301)), State::Aborted);
+    let found = &world.found[0];
+    assert_eq!(found.transactions[0].state, TransactionState::Aborted);
+    assert_eq!(found.tables[0].name, "shop.public.t", "what was tried is told");
+    assert!(found.title.starts_with("rolled back"), "{}", found.title);
+}
+
+#[test]
+fn a_session_that_is_only_likely_ties_nothing_that_lies_apart() {
+    let (one, other) = (Arc::new(relation("one", "t", 20_001)), Arc::new(relation("other", "t", 20_002)));
+    for (source, incidents) in [(WhoSource::Nearby, 2), (WhoSource::Activity, 1)] {
+        let mut world = World::with_tables(&[(&one, 500), (&other, 500)]);
+        world.source = source;
+        world.delete(&one, 500).delete(&other, 500);
+        assert_eq!(world.finish().len(), incidents, "{source:?}");
+    }
+}
+
+#[test]
 fn what_comes_later_than_a_minute_is_another_incident() {
     let all = tables(2);
     let mut world = World::with_tables(&[(&all[0], 500), (&all[1], 500)]);
     world.delete(&all[0], 500).wait(61_000).delete(&all[1], 500);
     assert_eq!(world.finish().len(), 2);
+}
+
+#[test]
+fn a_queue_that_is_drained_to_nothing_wakes_nobody_and_is_no_news_after_three_times() {
+    let mut world = World::with_tables(&[(&t(), 0)]);
+    world.detector.live().seed_history(key_of(&t()), 2_500, 2_500);
+    for _ in 0..20 {
+        world.insert(&t(), 50).delete(&t(), 50);
+    }
+    world.wait(120_000);
+    assert_eq!(world.found.len(), 1);
+    assert_eq!((world.found[0].severity, world.found[0].transactions.len()), (Severity::Warning, 3));
+    world.insert(&t(), 3_000).delete(&t(), 3_000);
+    let found = world.finish();
+    assert_eq!(found.len(), 2, "so many at once are no habit");
+    assert_eq!(found[1].severity, Severity::Critical);
+}
+
+#[test]
+fn what_is_declared_routine_is_no_part_of_a_wipe_that_happens_beside_it() {
+    let config = "[[adjust]]\nrules = [\"drop-table\"]\ntables = [\"public.events_*\"]\nseverity = \"off\"";
+    let mut world = World::with(toml::from_str(config).unwrap());
+    let (night, day) = (table("events_2025_12_16", 20_001), table("events_2025_12_17", 20_002));
+    world.seed(&[(&t(), 500), (&night, 90_000), (&day, 90_000)], true);
+    world.delete(&t(), 500).ddl(DdlKind::DropTable, &night).delete(&day, 90_000);
+    let found = world.finish();
+    assert_eq!(found.len(), 1);
+    let names: Vec<_> = found[0].tables.iter().map(|table| table.name.as_str()).collect();
+    assert_eq!(names, ["shop.public.t", "shop.public.events_2025_12_17"]);
+}
+
+#[test]
+fn wal_of_the_past_raises_no_suspicion_whose_end_the_count_has_seen() {
+    let mut world = World::new();
+    let from = Lsn::new(2_000_000);
+    world.detector.live().seed_between(key_of(&t()), Rows { count: 900, exact: true }, from, from);
+    let truncated = [event(DdlKind::Truncate, &t())];
+    world.open(900, &[tally(&t(), inserted(100))], &truncated);
+    assert!(world.found.is_empty(), "{:?}", world.found);
+    world.open(3_000, &[tally(&t(), inserted(100))], &truncated);
+    assert_eq!(world.found.len(), 1);
 }
 
 #[test]

@@ -8,15 +8,13 @@
 //! **Bounded.** So many transactions and so many tallies are kept ([`Limits`]); beyond them rows go into one sum per
 //! transaction ([`Transaction::more`]), and transactions that found no place are told as incomplete, never as empty.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 
 use foldhash::{HashMap, HashMapExt as _};
 
-use super::{DdlEvent, Relation};
+use super::{DdlEvent, Relation, Running};
 use crate::decode::Change;
-use crate::decode::change::{Action, RowChange, RowCounts};
-use crate::decode::rmgr::standby::RunningXacts;
+use crate::decode::change::{Action, RowCounts};
 use crate::decode::rmgr::xact::TransactionEnd;
 use crate::pg::{Lsn, Oid, PgTime, RelFile, Xid};
 
@@ -214,7 +212,13 @@ impl Transactions {
         match &change.action {
             Action::Rows(rows) => {
                 if let Some(place) = self.touch(change) {
-                    self.count(place, rows);
+                    self.count(place, rows.file, rows.counts(), rows.is_surely_catalog());
+                }
+                None
+            }
+            Action::RelationRow(row) => {
+                if let Some(place) = self.touch(change) {
+                    self.count(place, file_of(row.database, row.relation), row.counts(), false);
                 }
                 None
             }
@@ -244,7 +248,12 @@ impl Transactions {
                     self.assign(xid, assignment.top, change.lsn);
                 }
             }
-            Action::Running(running) => self.running(running),
+            Action::Running(running) => {
+                if self.seen_from.is_none() && running.next_xid != 0 {
+                    self.seen_from = Some(running.next_xid);
+                }
+                self.see_running(&Running::of(change.lsn, running));
+            }
             _ => {}
         }
     }
@@ -300,17 +309,16 @@ impl Transactions {
     }
 
     #[inline]
-    fn count(&mut self, place: usize, rows: &RowChange) {
-        if rows.is_surely_catalog() {
+    fn count(&mut self, place: usize, file: RelFile, counts: RowCounts, is_catalog: bool) {
+        if is_catalog {
             return;
         }
         let Some(open) = self.open.get_mut(place) else { return };
-        let counts = rows.counts();
         match open.tallies.get_mut(open.last) {
-            Some(tally) if tally.file == rows.file => tally.counts += counts,
+            Some(tally) if tally.file == file => tally.counts += counts,
             _ => {
                 let limit = self.limits.tallies_each.min(open.tallies.len() + self.limits.tallies - self.tallies);
-                self.tallies += usize::from(open.count_elsewhere(rows.file, counts, limit));
+                self.tallies += usize::from(open.count_elsewhere(file, counts, limit));
             }
         }
     }
@@ -373,20 +381,8 @@ impl Transactions {
     }
 
     /// The server tells which transactions are open: others of their age that have not ended never will.
-    fn running(&mut self, running: &RunningXacts<'_>) {
-        if self.seen_from.is_none() && running.next_xid != 0 {
-            self.seen_from = Some(running.next_xid);
-        }
-        if self.open.is_empty() {
-            return;
-        }
-        let listed: HashSet<Xid> = running.xids.iter().chain(running.subxids.iter()).collect();
-        let gone = |open: &&Open| {
-            let xid = open.xid.get();
-            let is_listed = listed.contains(&open.xid) || open.top.is_some_and(|top| listed.contains(&top));
-            !is_listed && precedes(xid, running.oldest_running_xid)
-        };
-        let gone: Vec<Xid> = self.open.iter().filter(gone).map(|open| open.xid).collect();
+    fn see_running(&mut self, running: &Running) {
+        let gone: Vec<Xid> = self.open.iter().map(|open| open.xid).filter(|xid| running.is_gone(*xid)).collect();
         for xid in gone {
             self.remove(xid);
         }
@@ -481,6 +477,11 @@ impl Transaction {
             self.tallies.push(Tally { file, relation, counts });
         }
     }
+}
+
+/// What stands for a table's file where changes name the table itself: no file lies in tablespace 0.
+pub(super) const fn file_of(database: Oid, relation: Oid) -> RelFile {
+    RelFile { tablespace: Oid(0), database, number: relation.0 }
 }
 
 /// True if transaction id `a` is older than `b`. They wrap around, so each has two billion before and behind it; those

@@ -44,8 +44,10 @@ pub fn agree<'a>(said: impl IntoIterator<Item = &'a GuardMessage>, seen: Who) ->
         prepared: seen.actor.prepared.filter(|_| is_same),
         ..told.clone()
     };
-    let note = best.reason.as_ref().map(|reason| format!("the session gave a reason: {reason}"));
-    Who { actor, source: WhoSource::Guard, note }
+    let seen = is_same.then(|| "the agent saw the same session with it in pg_stat_activity".to_owned());
+    let reason = best.reason.as_ref().map(|reason| format!("the session gave a reason: {reason}"));
+    let notes: Vec<String> = seen.into_iter().chain(reason).collect();
+    Who { actor, source: WhoSource::Guard, note: (!notes.is_empty()).then(|| notes.join("; ")) }
 }
 
 #[cfg(test)]
@@ -82,6 +84,7 @@ mod tests {
         let who = agree(&said, seen(WhoSource::Activity, Some(7)));
         assert_eq!((who.source, who.actor.role.as_deref()), (WhoSource::Guard, Some("shop")));
         assert_eq!(who.actor.backend_type.as_deref(), Some("client backend"));
+        assert!(who.note.unwrap().contains("saw the same session"));
         let who = agree(&said, seen(WhoSource::Nearby, Some(9)));
         assert_eq!((who.source, who.actor.pid, who.actor.backend_type), (WhoSource::Guard, Some(7), None));
         assert_eq!(agree(&[], seen(WhoSource::Nearby, Some(9))), seen(WhoSource::Nearby, Some(9)));

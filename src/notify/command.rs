@@ -86,7 +86,9 @@ pub(super) async fn run(command: &[String], message: &Message, timeout: Duration
 }
 
 fn variables(message: &Message) -> Vec<(&'static str, String)> {
-    let command = |verb: &str| message.commands.iter().find(|command| command.command.contains(verb));
+    // The one that restores, not the one that only shows the plan.
+    let restores = |text: &str| text.starts_with("walguard restore ") && !text.contains(" --dry-run");
+    let restore = message.commands.iter().find(|command| restores(&command.command));
     vec![
         ("WALGUARD_CLUSTER", message.cluster.clone()),
         ("WALGUARD_COMMITTED", message.committed.map_or_else(String::new, |committed| committed.to_string())),
@@ -95,7 +97,7 @@ fn variables(message: &Message) -> Vec<(&'static str, String)> {
         ("WALGUARD_EVENT", message.event.name().to_owned()),
         ("WALGUARD_HEADLINE", message.headline()),
         ("WALGUARD_INCIDENT", message.incident.clone()),
-        ("WALGUARD_RESTORE_COMMAND", command("walguard restore").map_or_else(String::new, |c| c.command.clone())),
+        ("WALGUARD_RESTORE_COMMAND", restore.map_or_else(String::new, |c| c.command.clone())),
         ("WALGUARD_REVISION", message.revision.to_string()),
         ("WALGUARD_ROWS_LOST", message.rows_lost.to_string()),
         ("WALGUARD_SEVERITY", message.severity.as_str().to_owned()),

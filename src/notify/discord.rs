@@ -11,8 +11,10 @@ use super::message::{Event, Message, Setting, Severity};
 const TITLE_CHARS_MAX: usize = 250;
 /// Characters of a field's value.
 const FIELD_CHARS_MAX: usize = 1_000;
-/// Characters of the description: with six fields and a title it stays below 6,000.
-const DESCRIPTION_CHARS_MAX: usize = 2_000;
+/// Characters of the description: with the table, the commands and a title it stays below 6,000.
+const DESCRIPTION_CHARS_MAX: usize = 1_700;
+/// Commands, with a name and up to 350 characters each.
+const COMMANDS_SHOWN: usize = 5;
 
 pub(super) fn body(message: &Message, setting: &Setting) -> Value {
     let zone = &setting.zone;
@@ -30,9 +32,9 @@ pub(super) fn body(message: &Message, setting: &Setting) -> Value {
     if !tables.is_empty() {
         field("Tables, rows before -> after", code(&tables, FIELD_CHARS_MAX));
     }
-    for command in message.commands.iter().take(4) {
+    for command in message.commands.iter().take(COMMANDS_SHOWN) {
         let name = super::message::clean(&command.purpose, TITLE_CHARS_MAX);
-        field(&name, code(std::slice::from_ref(&command.command), 300));
+        field(&name, code(std::slice::from_ref(&command.command), 350));
     }
     let headline = message.headline();
     json!({

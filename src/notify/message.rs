@@ -24,6 +24,8 @@ const FINDINGS_SHOWN: usize = 8;
 const QUERY_CHARS_MAX: usize = 500;
 /// Characters of a name or a sentence. Postgres's own names have 63 bytes.
 const NAME_CHARS_MAX: usize = 220;
+/// Characters of what is said of how sure it is who did it: two sentences.
+const NOTE_CHARS_MAX: usize = 400;
 /// Characters of a title.
 const TITLE_CHARS_MAX: usize = 200;
 
@@ -158,10 +160,30 @@ pub struct Command {
 pub struct Setting {
     /// The cluster's name in the repository.
     pub cluster: String,
-    /// The settings file, for commands.
-    pub config: Option<PathBuf>,
+    /// How whoever reads it reaches the same repository.
+    pub reach: Reach,
     /// The zone in which times are shown beside UTC.
     pub zone: TimeZone,
+}
+
+/// What a command in a message needs so that it works as it stands.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reach {
+    /// Flags that name the settings file, and what was not in it but on the command line or in the environment: the
+    /// repository, the cluster. One word each.
+    pub flags: Vec<String>,
+    /// Where restored clusters go, each in a directory of its own.
+    pub restore_dir: PathBuf,
+    /// Changes come by logical replication: what is restored goes into an empty database.
+    pub is_logical: bool,
+}
+
+impl Reach {
+    /// A command with these flags behind it.
+    fn command(&self, words: &[&str]) -> String {
+        let words = ["walguard"].into_iter().chain(words.iter().copied());
+        words.chain(self.flags.iter().map(String::as_str)).map(quote).collect::<Vec<_>>().join(" ")
+    }
 }
 
 /// How and when a message is sent.
@@ -431,6 +453,9 @@ impl Table {
         if table.replaced {
             what.push("replaced by another table".to_owned());
         }
+        if let Some(formerly) = &table.formerly {
+            what.push(format!("was {}", clean(formerly, NAME_CHARS_MAX)));
+        }
         for (count, verb) in [(table.deleted, "deleted"), (table.updated, "updated"), (table.inserted, "inserted")] {
             if count > 0 {
                 what.push(format!("{} {verb}", grouped(count)));
@@ -519,13 +544,11 @@ fn who_text(who: &Who) -> String {
         WhoSource::Nearby => "likely, not certain: seen about then, but not with this transaction",
         WhoSource::Unknown => "nobody saw it",
     };
-    let note = who.note.as_deref().map(|note| format!("; {}", clean(note, NAME_CHARS_MAX))).unwrap_or_default();
+    let note = who.note.as_deref().map(|note| format!("; {}", clean(note, NOTE_CHARS_MAX))).unwrap_or_default();
     if parts.is_empty() { format!("unknown ({sure}{note})") } else { format!("{} ({sure}{note})", parts.join(", ")) }
 }
 
 fn commands(incident: &Incident, who: &Who, setting: &Setting) -> Vec<Command> {
-    let config = setting.config.as_ref().map(|path| format!(" --config {}", quote(&path.display().to_string())));
-    let config = config.unwrap_or_default();
     let mut commands = Vec::new();
     let mut push = |purpose: &str, command: String| commands.push(Command { purpose: purpose.to_owned(), command });
     let is_open = |state: TransactionState| matches!(state, TransactionState::Open);
@@ -536,17 +559,71 @@ fn commands(incident: &Incident, who: &Who, setting: &Setting) -> Vec<Command> {
     {
         push("Stop it before it commits, in psql", format!("SELECT pg_terminate_backend({pid});"));
     }
-    if incident.first_harm.is_some() && !incident.state.is_closed() {
-        push(
-            "Get back what was there just before, in a new directory; the running database is not touched",
-            format!("walguard restore --to before:{} --target-dir /srv/restored{config}", quote(&incident.id)),
-        );
+    let reach = &setting.reach;
+    if !incident.state.is_closed() {
+        way_back(incident, reach).into_iter().for_each(|Command { purpose, command }| push(&purpose, command));
     }
-    push("See all of it", format!("walguard incidents show {}{config}", quote(&incident.id)));
+    push("See all of it", reach.command(&["incidents", "show", &incident.id]));
     if incident.acknowledged.is_none() && !incident.state.is_closed() {
-        push("Say that you have it", format!("walguard incidents ack {}{config}", quote(&incident.id)));
+        push("Say that you have it", reach.command(&["incidents", "ack", &incident.id]));
     }
     commands
+}
+
+/// The commands that bring back what an incident took; none if nothing of it is committed. They need nothing but to be
+/// run, by the user that PostgreSQL runs as.
+pub fn way_back(incident: &Incident, reach: &Reach) -> Vec<Command> {
+    if incident.first_harm.is_none() {
+        return Vec::new();
+    }
+    let target = format!("before:{}", incident.id);
+    let place = reach.restore_dir.join(&incident.id).display().to_string();
+    if reach.is_logical {
+        let with = |last: &str| reach.command(&["restore", "--to", &target, "--target-dir", &place, last]);
+        let purposes = [
+            ("See what can be rebuilt; this writes nothing", with("--dry-run")),
+            (
+                "Get back what was there just before, in a new server in that directory, as any user but root. The running \
+                 database is not touched",
+                with("--yes"),
+            ),
+        ];
+        let commands = purposes.map(|(purpose, command)| Command { purpose: purpose.to_owned(), command });
+        return commands.into_iter().chain(put_back(incident, reach)).collect();
+    }
+    // Promoted, because a server that waits keeps what the harmful transaction had locked, so that nobody could look.
+    let restore = ["restore", "--to", &target, "--target-dir", &place, "--action", "promote"];
+    let with = |last: &str| reach.command(&[restore.as_slice(), &[last]].concat());
+    [
+        ("See what going back keeps and what it costs; this writes nothing", with("--dry-run")),
+        (
+            "Get back what was there just before, in a new directory, as the user that PostgreSQL runs as. The running \
+             database is not touched; what comes next is said at the end",
+            with("--yes"),
+        ),
+    ]
+    .map(|(purpose, command)| Command { purpose: purpose.to_owned(), command })
+    .into_iter()
+    .chain(put_back(incident, reach))
+    .collect()
+}
+
+/// The command that puts rows back that were saved beside the incident.
+fn put_back(incident: &Incident, reach: &Reach) -> Option<Command> {
+    let rows = incident.evidence.iter().map(|saved| saved.rows).fold(0, u64::saturating_add);
+    let tables = incident.evidence.iter().filter(|saved| saved.rows > 0).count();
+    let rows_of = if tables == 1 { "1 table".to_owned() } else { format!("{tables} tables") };
+    (rows > 0).then(|| Command {
+        purpose: format!(
+            "Or put the {} saved rows of {rows_of} back into the running database, as a role that may insert there (PGHOST, \
+             PGUSER)",
+            grouped(rows)
+        ),
+        command: format!(
+            "{} | psql -X -v ON_ERROR_STOP=1 -d postgres",
+            reach.command(&["incidents", "rows", &incident.id])
+        ),
+    })
 }
 
 /// A word for a shell.
@@ -617,7 +694,11 @@ mod tests {
     fn setting() -> Setting {
         Setting {
             cluster: "main".to_owned(),
-            config: Some("/etc/walguard.toml".into()),
+            reach: Reach {
+                flags: ["--config", "/etc/walguard.toml"].map(str::to_owned).into(),
+                restore_dir: "/srv/restored".into(),
+                is_logical: false,
+            },
             zone: TimeZone::get("Asia/Jerusalem").unwrap(),
         }
     }
@@ -647,13 +728,23 @@ mod tests {
     }
 
     #[test]
+    fn what_comes_by_logical_replication_goes_back_into_a_new_server() {
+        let mut setting = setting();
+        setting.reach.is_logical = true;
+        let text = Message::of_incident(&incident(0, at()), &sending(Event::Opened), &setting).text;
+        let line = "  walguard restore --to before:00000001-000000001A2B3C40 --target-dir /srv/restored/00000001-000000001A2B3C40 \
+                    --yes --config /etc/walguard.toml\n";
+        assert!(text.contains(line) && !text.contains("--action"), "{text}");
+    }
+
+    #[test]
     fn a_suspicion_says_that_it_is_not_committed_and_how_to_stop_it() {
         let message = told(&open(incident(0, at())), Event::Opened);
         assert!(message.headline().ends_with("NOT COMMITTED YET"), "{}", message.headline());
         assert_eq!(message.committed, Some(false));
         assert!(message.text.contains("not yet: the transaction is still open"));
         assert!(message.text.contains("SELECT pg_terminate_backend(4242);"));
-        assert!(!message.text.contains("restore"), "nothing is lost yet");
+        assert!(!message.text.contains("walguard restore"), "nothing is lost yet");
     }
 
     #[test]

@@ -36,5 +36,5 @@ pub mod webhook;
 pub use channel::Channel;
 pub use config::{Config, Configs, Kind};
 pub use error::{OpenError, SendError};
-pub use message::{Event, Message, Sending, Setting};
+pub use message::{Event, Message, Reach, Sending, Setting};
 pub use queue::{Queue, Told};

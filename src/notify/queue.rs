@@ -450,7 +450,10 @@ impl Tracked {
                 return Some((event, self.changed_at, false));
             }
         }
-        if now_is.severity > was.severity && !now_is.is_closed() && is_wanted(Event::Raised) {
+        // That rows are gone now is no growth: until then something looked dangerous, or was about to happen.
+        let is_first_loss = now_is.rows > 0 && was.rows == 0;
+        let is_worse = now_is.severity > was.severity || is_first_loss;
+        if is_worse && !now_is.is_closed() && is_wanted(Event::Raised) {
             return Some((Event::Raised, self.changed_at, false));
         }
         let is_more = now_is.tables > was.tables || now_is.rows > was.rows.saturating_mul(2);
@@ -689,6 +692,17 @@ mod tests {
         assert!(said.iter().all(|(_, event)| *event == Event::Grown));
         assert_eq!(said[0].0, 11, "the first after ten seconds");
         assert!((5..15).contains(&said.len()), "{said:?}");
+    }
+
+    #[test]
+    fn the_first_rows_that_are_gone_are_told_at_once_whatever_was_told_before() {
+        let mut queue = queue(&[config("")]);
+        let lost = incident(1, second(0));
+        let triggers = Incident { tables: Vec::new(), ..lost.clone() };
+        queue.incident(&triggers, second(0));
+        assert_eq!(events(&mut queue, 0), [Event::Opened]);
+        queue.incident(&Incident { revision: 2, ..lost }, second(1));
+        assert_eq!(events(&mut queue, 1), [Event::Raised]);
     }
 
     #[test]

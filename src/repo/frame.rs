@@ -88,6 +88,31 @@ pub fn decompress(stored: &[u8], limit: usize) -> Result<Vec<u8>, FrameError> {
     if content.len() > limit { Err(FrameError::TooLarge { limit }) } else { Ok(content) }
 }
 
+/// Replaces `content` by that of `stored`, which must be exactly one frame that says how many bytes it holds: `length`. A
+/// buffer that is used again costs no allocation. The frame's checksum, if it has one, is verified.
+///
+/// # Errors
+/// If the bytes are not one whole, undamaged frame, or hold another number of bytes.
+pub fn decompress_into(stored: &[u8], length: usize, content: &mut Vec<u8>) -> Result<(), FrameError> {
+    content.clear();
+    if content_size(stored)? != Some(length as u64) {
+        // Written by another tool, or not what it should be.
+        *content = decompress(stored, length)?;
+        if content.len() != length {
+            return Err(FrameError::Damaged(format!("{} bytes instead of {length}", content.len())));
+        }
+        return Ok(());
+    }
+    check_extent(stored)?;
+    content.reserve(length);
+    let mut context = zstd::bulk::Decompressor::new().map_err(|e| FrameError::Damaged(e.to_string()))?;
+    context.decompress_to_buffer(stored, content).map_err(|e| FrameError::Damaged(e.to_string()))?;
+    if content.len() != length {
+        return Err(FrameError::Damaged(format!("{} bytes instead of {length}", content.len())));
+    }
+    Ok(())
+}
+
 /// The contents of the frames that `stored` consists of, one behind the other: at most `limit` bytes in all.
 ///
 /// # Errors

@@ -9,6 +9,11 @@
 //!   index/00000001/000000010000001600000037          what that segment holds
 //!   merged/00000001/00256/000000010000001600000000   what the 256 segments from that one on hold, in short
 //!   names/00000001/000000010000001600000037          what relations are called where that segment begins
+//!   changes/16384/0000001600000037-00000000.zst      what logical replication told of a database, from that place on
+//!   bases/16384/<label>/pre-data.sql.zst             a logical base: the schema of a database without indexes ...
+//!   bases/16384/<label>/16400-00001.copy.zst         ... a part of a table's rows ...
+//!   bases/16384/<label>/post-data.sql.zst            ... its indexes, constraints, triggers ...
+//!   bases/16384/<label>/manifest.json                ... and what it is, written last
 //!   base/<label>/base.tar.zst.00001                  a part of the data directory's tar
 //!   base/<label>/<tablespace oid>.tar.zst.00001      a part of a tablespace's tar
 //!   base/<label>/backup_manifest.zst                 Postgres's own manifest, verbatim
@@ -20,6 +25,8 @@
 //!   detect/00000001-0000001600000000.zst             what the detector has counted and learned
 //!   gaps/00000001-0000001600000000-0000001700000000.json
 //!   verify/20251217T081400Z.json                     what a verification found
+//!   drills/20251217T081400Z.json                     what a drill proved
+//!   restores/20251217T081400Z.json                   how long a restore took
 //!   lease.json                                       the one mutable object
 //!   probe/<nonce>                                    written, read and removed by the probe
 //! ```
@@ -31,6 +38,7 @@ use std::fmt;
 
 use jiff::Timestamp;
 
+use super::changes::ChangesName;
 use super::index::{Group, Level};
 use crate::pg::{Lsn, Oid, SegmentName, SegmentSize, TimelineId};
 
@@ -100,6 +108,8 @@ pub enum Object {
     Merged(Group),
     /// What relations are called where a segment begins.
     Names(SegmentName),
+    /// A part of a database's change log.
+    Changes(ChangesName),
     /// A part of one archive of a base backup.
     Part {
         /// The backup.
@@ -153,6 +163,10 @@ pub enum Object {
     },
     /// The record of a verification.
     Verification(Timestamp),
+    /// The record of a drill.
+    Drill(Timestamp),
+    /// The record of a restore.
+    Restore(Timestamp),
     /// The lease.
     Lease,
     /// Left by a probe that was interrupted.
@@ -264,6 +278,51 @@ impl Layout {
         format!("{}/names/{}/", self.cluster, timeline.hex())
     }
 
+    /// The folder of all change logs, `main/changes/`.
+    pub fn all_changes_folder(&self) -> String {
+        format!("{}/changes/", self.cluster)
+    }
+
+    /// The folder of a database's change log.
+    pub fn changes_folder(&self, database: Oid) -> String {
+        format!("{}{database}/", self.all_changes_folder())
+    }
+
+    /// A part of a database's change log.
+    pub fn changes(&self, name: &ChangesName) -> String {
+        format!("{}-{:08x}.zst", self.before_changes(name.database, name.from), name.part)
+    }
+
+    /// What sorts just before the parts of a database's change log that begin at `from`.
+    pub fn before_changes(&self, database: Oid, from: Lsn) -> String {
+        format!("{}{:016X}", self.changes_folder(database), from.bytes())
+    }
+
+    /// The folder of a database's logical bases.
+    pub fn bases_folder(&self, database: Oid) -> String {
+        format!("{}/bases/{database}/", self.cluster)
+    }
+
+    /// The folder of a logical base.
+    pub fn base_folder(&self, database: Oid, label: &str) -> String {
+        format!("{}{label}/", self.bases_folder(database))
+    }
+
+    /// A section of the schema of a logical base: `pre-data` or `post-data`.
+    pub fn base_schema(&self, database: Oid, label: &str, section: &str) -> String {
+        format!("{}{section}.sql.zst", self.base_folder(database, label))
+    }
+
+    /// Part `number` (from 1) of the rows of a table of a logical base.
+    pub fn base_rows(&self, database: Oid, label: &str, table: Oid, number: usize) -> String {
+        format!("{}{table}-{number:05}.copy.zst", self.base_folder(database, label))
+    }
+
+    /// What a logical base is.
+    pub fn base_manifest(&self, database: Oid, label: &str) -> String {
+        format!("{}manifest.json", self.base_folder(database, label))
+    }
+
     /// The folder of all base backups, `main/base/`.
     pub fn backups_folder(&self) -> String {
         format!("{}/base/", self.cluster)
@@ -356,7 +415,27 @@ impl Layout {
 
     /// The record of the verification that began at `at` (whole seconds).
     pub fn verification(&self, at: Timestamp) -> String {
-        format!("{}/verify/{}.json", self.cluster, at.strftime("%Y%m%dT%H%M%SZ"))
+        format!("{}/verify/{}.json", self.cluster, at.strftime(TIME_FORMAT))
+    }
+
+    /// The folder of all records of drills.
+    pub fn drills_folder(&self) -> String {
+        format!("{}/drills/", self.cluster)
+    }
+
+    /// The record of the drill that began at `at` (whole seconds).
+    pub fn drill(&self, at: Timestamp) -> String {
+        format!("{}/drills/{}.json", self.cluster, at.strftime(TIME_FORMAT))
+    }
+
+    /// The folder of all records of restores.
+    pub fn restores_folder(&self) -> String {
+        format!("{}/restores/", self.cluster)
+    }
+
+    /// The record of the restore that was done at `at` (whole seconds).
+    pub fn restore(&self, at: Timestamp) -> String {
+        format!("{}/restores/{}.json", self.cluster, at.strftime(TIME_FORMAT))
     }
 
     /// The lease.
@@ -400,6 +479,16 @@ impl Layout {
                 (group.first() == first).then_some(Object::Merged(group))?
             }
             ["names", timeline, file] => Object::Names(parse_segment(timeline, file, size)?),
+            ["changes", database, file] => {
+                let (from, part) = file.strip_suffix(".zst")?.split_once('-')?;
+                let plain =
+                    !from.bytes().any(|b| b.is_ascii_lowercase()) && !part.bytes().any(|b| b.is_ascii_uppercase());
+                Object::Changes(ChangesName {
+                    database: Oid(parse_plain(database)?),
+                    from: Lsn::new(parse_hex(from, 16).filter(|_| plain)?),
+                    part: u32::try_from(parse_hex(part, 8)?).ok()?,
+                })
+            }
             ["base", label, "manifest"] => Object::Manifest { label: label.to_owned() },
             ["base", label, "backup_manifest.zst"] => Object::PostgresManifest { label: label.to_owned() },
             ["base", label, file] => {
@@ -434,6 +523,8 @@ impl Layout {
                 Object::Gap { timeline, from, to }
             }
             ["verify", file] => Object::Verification(parse_time(file.strip_suffix(".json")?)?),
+            ["drills", file] => Object::Drill(parse_time(file.strip_suffix(".json")?)?),
+            ["restores", file] => Object::Restore(parse_time(file.strip_suffix(".json")?)?),
             _ => return None,
         };
         if let Object::Manifest { label } | Object::PostgresManifest { label } | Object::Part { label, .. } = &object {
@@ -489,14 +580,19 @@ fn parse_padded(text: &str, width: usize) -> Option<u32> {
     (number > 0 && text == format!("{number:0width$}")).then_some(number)
 }
 
+/// How times stand in keys: in whole seconds of UTC, so that they sort.
+const TIME_FORMAT: &str = "%Y%m%dT%H%M%SZ";
+
 /// A decimal number without sign or leading zeros.
 fn parse_plain<T: std::str::FromStr + fmt::Display>(text: &str) -> Option<T> {
     text.parse::<T>().ok().filter(|number| number.to_string() == text)
 }
 
 fn parse_time(text: &str) -> Option<Timestamp> {
-    let civil = jiff::civil::DateTime::strptime("%Y%m%dT%H%M%SZ", text).ok()?;
-    civil.to_zoned(jiff::tz::TimeZone::UTC).ok().map(|zoned| zoned.timestamp())
+    let civil = jiff::civil::DateTime::strptime(TIME_FORMAT, text).ok()?;
+    let time = civil.to_zoned(jiff::tz::TimeZone::UTC).ok()?.timestamp();
+    // `strptime` takes signs and spaces, too.
+    (time.strftime(TIME_FORMAT).to_string() == text).then_some(time)
 }
 
 #[cfg(test)]
@@ -562,7 +658,12 @@ mod tests {
                 let (timeline, from) = (TimelineId::new(timeline).unwrap(), Lsn::new(from));
                 Some(Object::Gap { timeline, from, to: from.checked_add(length)? })
             }),
+            (any::<u32>(), any::<u64>(), any::<u32>()).prop_map(|(database, from, part)| {
+                Object::Changes(ChangesName { database: Oid(database), from: Lsn::new(from), part })
+            }),
             (0i64..4_000_000_000).prop_map(|s| Object::Verification(Timestamp::from_second(s).unwrap())),
+            (0i64..4_000_000_000).prop_map(|s| Object::Drill(Timestamp::from_second(s).unwrap())),
+            (0i64..4_000_000_000).prop_map(|s| Object::Restore(Timestamp::from_second(s).unwrap())),
         ]
     }
 
@@ -575,6 +676,7 @@ mod tests {
             Object::Index(segment) => layout.index(segment),
             Object::Merged(group) => layout.merged(group),
             Object::Names(segment) => layout.names(segment),
+            Object::Changes(name) => layout.changes(name),
             Object::Part { label, archive, number } => layout.part(label, *archive, *number),
             Object::PostgresManifest { label } => layout.postgres_manifest(label),
             Object::Manifest { label } => layout.manifest(label),
@@ -583,8 +685,17 @@ mod tests {
             Object::Evidence { id, name } => layout.evidence(id, name),
             Object::Gap { timeline, from, to } => layout.gap(*timeline, *from, *to),
             Object::Verification(at) => layout.verification(*at),
+            Object::Drill(at) => layout.drill(*at),
+            Object::Restore(at) => layout.restore(*at),
             Object::Lease => layout.lease(),
             Object::Probe => layout.probe("0123"),
+        }
+    }
+
+    #[test]
+    fn a_time_is_read_only_as_it_is_written() {
+        for time in ["-9751011T000000Z", "+2025-1017T00000Z", " 9751011T000000Z"] {
+            assert_eq!(layout().parse(&format!("main/restores/{time}.json"), SIZE), None, "{time}");
         }
     }
 

@@ -423,7 +423,7 @@ impl Repository {
         Ok(())
     }
 
-    async fn delete_all(
+    pub(super) async fn delete_all(
         &self,
         objects: Vec<(String, u64)>,
         expired: &mut Expired,

@@ -15,17 +15,17 @@ use tokio_util::sync::CancellationToken;
 use super::backup::BackupError;
 use super::backup::manifest::{self, FrameAt};
 use super::backup::reader::{Reader, Unpacker};
-use super::catalog::{Catalog, CatalogScope, LsnRange, LsnRanges};
+use super::catalog::{Catalog, CatalogScope, Damage, LsnRange, LsnRanges};
 use super::cluster::{ClusterIdentity, FORMAT};
 use super::frame;
 use super::gap::Gap;
 use super::index::Level;
 use super::index::survey::Survey;
-use super::layout::{ArchiveName, Object};
+use super::layout::{ArchiveName, Layout, Object};
 use super::store::{Created, ObjectInfo};
 use super::{RepoError, Repository};
 use crate::decode::{PageHeader, Source, WalMajor};
-use crate::pg::{Lsn, SegmentName, TimelineId};
+use crate::pg::{Lsn, PgTime, SegmentName, TimelineId};
 use crate::progress::Progress;
 use crate::proto;
 
@@ -141,6 +141,12 @@ pub struct Unreachable {
     pub from: Lsn,
     /// The position after the last.
     pub to: Lsn,
+    /// When the first transaction in it ended, where an index was asked and knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from_time: Option<PgTime>,
+    /// When the last one did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to_time: Option<PgTime>,
 }
 
 impl Verification {
@@ -294,19 +300,8 @@ impl Run<'_> {
 
     /// What the catalog could not read.
     fn note_damaged(&mut self, catalog: &Catalog) {
-        for damage in &catalog.damaged {
-            let object = self.repo.layout().parse(&damage.key, catalog.identity.segment_size);
-            let finding = self.find(ProblemKind::Damaged, &damage.key, damage.problem.clone());
-            match object {
-                Some(Object::Manifest { label }) => finding.backup = Some(label),
-                Some(Object::History(timeline)) => {
-                    let held = catalog.timelines.get(&timeline).map(|wal| wal.ranges.as_slice());
-                    let all = held.and_then(|held| Some(LsnRange { from: held.first()?.from, to: held.last()?.to }));
-                    finding.wal = all.map(|all| (timeline, all));
-                }
-                _ => {}
-            }
-        }
+        let layout = self.repo.layout();
+        self.findings.extend(catalog.damaged.iter().map(|damage| unreadable(layout, catalog, damage)));
     }
 
     async fn check_wal(&mut self, catalog: &Catalog) -> Result<(), RepoError> {
@@ -535,49 +530,96 @@ impl Run<'_> {
 
     /// WAL that should be there and is not.
     fn check_coverage(&mut self, catalog: &Catalog) {
-        for (timeline, wal) in &catalog.timelines {
-            let begin = wal.history.as_ref().and_then(|path| path.begin_of(*timeline)).unwrap_or(Lsn::ZERO);
-            if wal.history.is_none() && !wal.ranges.is_empty() {
-                let key = self.repo.layout().history(*timeline);
-                if !catalog.damaged.iter().any(|damage| damage.key == key) {
-                    let held = wal.ranges.as_slice();
-                    let all = held.first().zip(held.last()).map(|(a, b)| LsnRange { from: a.from, to: b.to });
-                    let problem = "the timeline's history is not there, so its WAL leads nowhere".to_owned();
-                    self.find(ProblemKind::MissingObject, &key, problem).wal = all.map(|all| (*timeline, all));
-                }
-            }
-            let Some(path) = &wal.history else { continue };
-            let Some(oldest) = catalog.backups_on(path).map(|backup| backup.start).min() else { continue };
-            let needed = oldest.max(begin);
-            let Some(end) = wal.ranges.end() else { continue };
-            let mut at = needed;
-            while at < end {
-                let reached = catalog.contiguous_to(path, at);
-                if reached >= end {
-                    break;
-                }
-                let next = wal.ranges.as_slice().iter().map(|range| range.from).find(|from| *from > reached);
-                let to = next.unwrap_or(end);
-                let hole = LsnRange { from: reached, to };
-                let is_recorded = catalog
-                    .gaps
-                    .iter()
-                    .any(|gap| gap.timeline == *timeline && gap.from <= hole.from && gap.to >= hole.to);
-                if !is_recorded {
-                    let problem = format!("WAL of timeline {timeline} is missing from {} to {}", hole.from, hole.to);
-                    self.findings.push(Finding {
-                        kind: ProblemKind::MissingWal,
-                        key: None,
-                        problem,
-                        wal: Some((*timeline, hole)),
-                        backup: None,
-                        files: Vec::new(),
-                    });
-                }
-                at = to;
+        self.findings.extend(uncovered(self.repo.layout(), catalog));
+    }
+}
+
+/// What a listing shows without any segment or part being read: histories, manifests and gaps that cannot be read, and
+/// WAL behind the oldest backup that should be there and is not, in so far as no gap is recorded.
+pub fn apparent(layout: &Layout, catalog: &Catalog) -> Vec<Problem> {
+    let mut findings: Vec<_> = catalog.damaged.iter().map(|damage| unreadable(layout, catalog, damage)).collect();
+    findings.extend(uncovered(layout, catalog));
+    findings.into_iter().map(|finding| finding.explain(catalog)).collect()
+}
+
+/// A problem with what follows from it, for whoever came upon it: WAL that cannot be used because of it, and the backup
+/// that cannot.
+pub fn explain(
+    catalog: &Catalog,
+    kind: ProblemKind,
+    (key, problem): (Option<String>, String),
+    wal: Option<(TimelineId, LsnRange)>,
+    backup: Option<String>,
+) -> Problem {
+    Finding { kind, key, problem, wal, backup, files: Vec::new() }.explain(catalog)
+}
+
+/// What the catalog could not read.
+fn unreadable(layout: &Layout, catalog: &Catalog, damage: &Damage) -> Finding {
+    let (mut wal, mut backup) = (None, None);
+    match layout.parse(&damage.key, catalog.identity.segment_size) {
+        Some(Object::Manifest { label }) => backup = Some(label),
+        Some(Object::History(timeline)) => {
+            let held = catalog.timelines.get(&timeline).map(|wal| wal.ranges.as_slice());
+            let all = held.and_then(|held| Some(LsnRange { from: held.first()?.from, to: held.last()?.to }));
+            wal = all.map(|all| (timeline, all));
+        }
+        _ => {}
+    }
+    let (key, problem) = (Some(damage.key.clone()), damage.problem.clone());
+    Finding { kind: ProblemKind::Damaged, key, problem, wal, backup, files: Vec::new() }
+}
+
+/// WAL that should be there and is not.
+fn uncovered(layout: &Layout, catalog: &Catalog) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for (timeline, wal) in &catalog.timelines {
+        let begin = wal.history.as_ref().and_then(|path| path.begin_of(*timeline)).unwrap_or(Lsn::ZERO);
+        if wal.history.is_none() && !wal.ranges.is_empty() {
+            let key = layout.history(*timeline);
+            if !catalog.damaged.iter().any(|damage| damage.key == key) {
+                let held = wal.ranges.as_slice();
+                let all = held.first().zip(held.last()).map(|(a, b)| LsnRange { from: a.from, to: b.to });
+                findings.push(Finding {
+                    kind: ProblemKind::MissingObject,
+                    key: Some(key),
+                    problem: "the timeline's history is not there, so its WAL leads nowhere".to_owned(),
+                    wal: all.map(|all| (*timeline, all)),
+                    backup: None,
+                    files: Vec::new(),
+                });
             }
         }
+        let Some(path) = &wal.history else { continue };
+        let Some(oldest) = catalog.backups_on(path).map(|backup| backup.start).min() else { continue };
+        let needed = oldest.max(begin);
+        let Some(end) = wal.ranges.end() else { continue };
+        let mut at = needed;
+        while at < end {
+            let reached = catalog.contiguous_to(path, at);
+            if reached >= end {
+                break;
+            }
+            let next = wal.ranges.as_slice().iter().map(|range| range.from).find(|from| *from > reached);
+            let to = next.unwrap_or(end);
+            let hole = LsnRange { from: reached, to };
+            let is_recorded =
+                catalog.gaps.iter().any(|gap| gap.timeline == *timeline && gap.from <= hole.from && gap.to >= hole.to);
+            if !is_recorded {
+                let problem = format!("WAL of timeline {timeline} is missing from {} to {}", hole.from, hole.to);
+                findings.push(Finding {
+                    kind: ProblemKind::MissingWal,
+                    key: None,
+                    problem,
+                    wal: Some((*timeline, hole)),
+                    backup: None,
+                    files: Vec::new(),
+                });
+            }
+            at = to;
+        }
     }
+    findings
 }
 
 impl Task {
@@ -806,7 +848,13 @@ impl Finding {
         backups.extend(self.backup.clone().filter(|label| !backups.contains(label)));
         let unreachable = lost.into_iter().flat_map(|(timeline, ranges)| {
             let ranges = ranges.as_slice().to_vec();
-            ranges.into_iter().map(move |range| Unreachable { timeline, from: range.from, to: range.to })
+            ranges.into_iter().map(move |range| Unreachable {
+                timeline,
+                from: range.from,
+                to: range.to,
+                from_time: None,
+                to_time: None,
+            })
         });
         Problem {
             kind: self.kind,

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 
 use rustix::process::{Pid, test_kill_process};
 
+use super::control;
 use super::error::RestoreError;
+use super::state;
 
 /// What lies at the target now.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,6 +17,8 @@ pub enum Occupied {
     Free,
     /// A cluster that does not run.
     StoppedCluster,
+    /// What a restore left that did not come to its end. Its server may run.
+    Unfinished,
 }
 
 /// Looks at the target directory and changes nothing.
@@ -40,8 +44,12 @@ pub fn check(path: &Path, overwrite: bool) -> Result<Occupied, RestoreError> {
         }
         Err(error) => return Err(RestoreError::file("look into", path)(error)),
     };
-    if entries.next().is_none() {
+    let is_draft = |name: &std::ffi::OsStr| state::is_note(name) && name != state::FILE;
+    if entries.all(|entry| entry.is_ok_and(|entry| is_draft(&entry.file_name()))) {
         return Ok(Occupied::Free);
+    }
+    if state::Unfinished::read(path).is_some() {
+        return Ok(Occupied::Unfinished);
     }
     if !is_cluster(path) {
         return refuse(
@@ -58,10 +66,33 @@ pub fn check(path: &Path, overwrite: bool) -> Result<Occupied, RestoreError> {
     if !overwrite {
         return refuse(
             "holds a cluster",
-            "choose another place with --target-dir; --overwrite replaces the cluster, for good",
+            "choose another place with --target-dir; --overwrite replaces the cluster, for good, and --delta turns it into \
+             what is restored",
         );
     }
     Ok(Occupied::StoppedCluster)
+}
+
+/// Holds a directory, so that no other restore works there; until it is dropped, or its process ends.
+#[derive(Debug)]
+pub(super) struct Hold {
+    _folder: fs::File,
+}
+
+/// Takes hold of a directory that is there.
+///
+/// # Errors
+/// If another restore works there. A file system without locks holds nobody up.
+pub(super) fn hold(path: &Path) -> Result<Hold, RestoreError> {
+    let folder = fs::File::open(path).map_err(RestoreError::file("open", path))?;
+    match rustix::fs::flock(&folder, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(RestoreError::Directory {
+            path: path.to_owned(),
+            problem: "is being restored into by another process".to_owned(),
+            hint: "wait until it is done, or end it; the same command goes on then with what it left".to_owned(),
+        }),
+        _ => Ok(Hold { _folder: folder }),
+    }
 }
 
 /// The directory that the target is made in must be there.
@@ -78,14 +109,25 @@ fn check_parent(path: &Path) -> Result<Occupied, RestoreError> {
 }
 
 /// What every cluster has, even one whose restore was interrupted.
-fn is_cluster(path: &Path) -> bool {
+pub(super) fn is_cluster(path: &Path) -> bool {
     let version = fs::read_to_string(path.join("PG_VERSION"));
     version.is_ok_and(|text| text.trim().parse::<u32>().is_ok())
         && ["base", "global"].iter().all(|d| path.join(d).is_dir())
 }
 
+/// The server that works in the directory, by `postmaster.pid`, if it lives. A process that has got its number since works
+/// elsewhere.
+pub(super) fn server(path: &Path) -> Option<Pid> {
+    let text = fs::read_to_string(path.join("postmaster.pid")).ok()?;
+    let pid = Pid::from_raw(text.lines().next()?.trim().parse().ok()?)?;
+    let works_in = fs::read_link(format!("/proc/{}/cwd", pid.as_raw_nonzero()));
+    let works_elsewhere = works_in.is_ok_and(|folder| fs::canonicalize(path).is_ok_and(|path| folder != path));
+    let lives = test_kill_process(pid) != Err(rustix::io::Errno::SRCH) && !is_dead(pid);
+    (lives && !works_elsewhere).then_some(pid)
+}
+
 /// The process that works in the directory, if there is one or if it cannot be proved that there is none.
-fn running_server(path: &Path) -> Result<Option<String>, RestoreError> {
+pub(super) fn running_server(path: &Path) -> Result<Option<String>, RestoreError> {
     let pid_file = path.join("postmaster.pid");
     match fs::read_to_string(&pid_file) {
         Ok(text) => {
@@ -129,28 +171,34 @@ fn working_in(path: &Path) -> Option<Option<String>> {
     seen.then_some(None)
 }
 
+/// All processes whose working directory this is.
+pub(super) fn all_working_in(path: &Path) -> Vec<i32> {
+    let Ok(path) = fs::canonicalize(path) else { return Vec::new() };
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    let is_there = |entry: &fs::DirEntry| fs::read_link(entry.path().join("cwd")).is_ok_and(|working| working == path);
+    let pids = entries.flatten().filter(is_there).filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(|pid| u32::try_from(*pid) != Ok(std::process::id())).collect()
+}
+
 /// `pg_control` says that the server was shut down, as a primary or as a standby.
 ///
 /// (Postgres: `ControlFileData.state` and `DBState` in `catalog/pg_control.h`; its offset is the same in 14 to 18.)
-fn was_shut_down(path: &Path) -> bool {
+pub(super) fn was_shut_down(path: &Path) -> bool {
     const SHUT_DOWN: [u32; 2] = [1, 2];
     let Ok(control) = fs::read(path.join("global/pg_control")) else { return false };
     let state = control.get(16..20).and_then(|bytes| bytes.try_into().ok()).map(u32::from_le_bytes);
     state.is_some_and(|state| SHUT_DOWN.contains(&state))
 }
 
-/// Removes a stopped cluster from its directory, and what it has in its tablespaces' directories. The directories stay.
+/// Removes a stopped cluster from its directory, and what it has in its tablespaces' directories. The directories stay, and so
+/// does the note of what is going to be there.
 ///
 /// # Errors
 /// Of the file system.
 pub(super) fn clear(path: &Path) -> Result<(), RestoreError> {
     let fail = |path: &Path| RestoreError::file("remove", path.to_owned());
     // A crash in between must not leave something that starts: the control file goes first.
-    let control = path.join("global/pg_control");
-    match fs::remove_file(&control) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(fail(&control)(error)),
-        _ => {}
-    }
+    control::remove(path).map_err(fail(&path.join("global/pg_control")))?;
     for link in entries(&path.join("pg_tblspc")) {
         let Ok(target) = fs::read_link(&link) else { continue };
         // A tablespace's directory holds one folder for each major version that uses it: `PG_15_202209061`.
@@ -162,7 +210,7 @@ pub(super) fn clear(path: &Path) -> Result<(), RestoreError> {
             }
         }
     }
-    for entry in entries(path) {
+    for entry in entries(path).into_iter().filter(|entry| !entry.file_name().is_some_and(state::is_note)) {
         let is_folder = fs::symlink_metadata(&entry).is_ok_and(|meta| meta.is_dir());
         let removed = if is_folder { fs::remove_dir_all(&entry) } else { fs::remove_file(&entry) };
         removed.map_err(fail(&entry))?;
@@ -241,6 +289,28 @@ mod tests {
         assert!(refused.unwrap_err().to_string().contains("a server that runs"));
         // A crashed one does not run.
         assert_eq!(check(folder.path(), true).unwrap(), Occupied::StoppedCluster);
+    }
+
+    #[test]
+    fn a_process_that_got_the_number_of_a_dead_server_is_not_taken_for_it() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("postmaster.pid"), format!("{}\n", std::process::id())).unwrap();
+        assert_eq!(server(folder.path()), None, "this test does not work there");
+        let mut worker = std::process::Command::new("sleep").arg("60").current_dir(folder.path()).spawn().unwrap();
+        fs::write(folder.path().join("postmaster.pid"), format!("{}\n", worker.id())).unwrap();
+        let found = server(folder.path());
+        worker.kill().unwrap();
+        worker.wait().unwrap();
+        assert_eq!(found.map(|pid| pid.as_raw_nonzero().get().cast_unsigned()), Some(worker.id()));
+    }
+
+    #[test]
+    fn a_directory_is_restored_into_by_one_at_a_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let held = hold(folder.path()).unwrap();
+        assert!(hold(folder.path()).unwrap_err().to_string().contains("another process"));
+        drop(held);
+        hold(folder.path()).unwrap();
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use super::extract::ExtractError;
 use super::target::TargetError;
+use super::wal_fetch::FetchError;
 use crate::pg::{Lsn, PgTime, TimelineId};
 use crate::repo::RepoError;
 use crate::repo::backup::BackupError;
@@ -61,6 +62,9 @@ pub enum RestoreError {
     /// The base backup cannot be extracted.
     #[error(transparent)]
     Extract(#[from] ExtractError),
+    /// WAL that the plan found cannot be placed before the server.
+    #[error(transparent)]
+    Wal(#[from] FetchError),
     /// The target cannot be understood.
     #[error(transparent)]
     Target(#[from] TargetError),
@@ -169,6 +173,20 @@ pub enum RestoreError {
         /// The whole log.
         log: PathBuf,
     },
+    /// The restored server runs, and cannot be asked.
+    #[error("the restored server cannot be asked: {problem}")]
+    Asking {
+        /// What it says, or why it says nothing.
+        problem: String,
+    },
+    /// A limit was reached.
+    #[error("{problem}")]
+    Limit {
+        /// Which, and what was reached.
+        problem: String,
+        /// Which setting or flag changes it.
+        hint: String,
+    },
     /// The restored server stands elsewhere than planned.
     #[error("recovery ended elsewhere than planned: {problem}")]
     NotAsPlanned {
@@ -198,12 +216,21 @@ impl RestoreError {
         move |source| Self::File { action, path, source }
     }
 
+    /// True if somebody asked to stop, and nothing is wrong.
+    pub const fn is_cancelled(&self) -> bool {
+        matches!(
+            self,
+            Self::Cancelled | Self::Extract(ExtractError::Cancelled | ExtractError::Backup(BackupError::Cancelled))
+        )
+    }
+
     /// True if the same restore may work later.
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Repo(error) => error.is_transient(),
             Self::Backup(error) => error.is_transient(),
             Self::Extract(error) => error.is_transient(),
+            Self::Wal(error) => error.is_transient(),
             Self::Unreachable { not_yet, .. } => *not_yet,
             _ => false,
         }
@@ -215,6 +242,7 @@ impl RestoreError {
             Self::Repo(error) => return error.hint(),
             Self::Backup(error) => return error.hint(),
             Self::Extract(error) => return error.hint(),
+            Self::Wal(error) => return error.hint(),
             Self::Target(error) => return error.hint(),
             Self::NoBackup { .. } => "`walguard list` shows backups and what can be restored from them".to_owned(),
             Self::Timeline { known, .. } => {
@@ -247,7 +275,7 @@ impl RestoreError {
             }
             Self::UnsupportedMajor { .. } => "use a newer walguard".to_owned(),
             Self::Root => "run it as the user that PostgreSQL runs as: sudo -u postgres walguard restore ...".to_owned(),
-            Self::Directory { hint, .. } | Self::Option { hint, .. } => hint.clone(),
+            Self::Directory { hint, .. } | Self::Option { hint, .. } | Self::Limit { hint, .. } => hint.clone(),
             Self::Binaries { major, .. } => format!(
                 "install PostgreSQL {major}, or name the directory of its programs with --pg-bin-dir or \
                  WALGUARD_PG_BIN_DIR; --no-start only prepares the data directory"
@@ -258,7 +286,7 @@ impl RestoreError {
             Self::File { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
                 "make room on the disk, empty the target directory and restore again".to_owned()
             }
-            Self::File { .. } | Self::Cancelled => return None,
+            Self::File { .. } | Self::Asking { .. } | Self::Cancelled => return None,
         };
         Some(hint)
     }

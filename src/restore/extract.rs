@@ -4,6 +4,9 @@
 //! tar to be read in order: directories and files are made first, then every core takes the next frame, proves it, and
 //! writes its bytes to their places. `global/pg_control` is written last, when everything else is durable: without it
 //! no server starts, so a part of a backup cannot be mistaken for the whole.
+//!
+//! Where files are already, those of another cluster or of an extraction that was interrupted, they are compared with what
+//! the manifest says of each frame, and only frames that differ are fetched. See `compare`.
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
@@ -16,10 +19,10 @@ use std::fs::Permissions;
 use std::io;
 use std::io::Write as _;
 use std::num::NonZero;
+use std::ops::Range;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::os::unix::fs::FileExt as _;
-use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::panic;
@@ -40,6 +43,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::pg::Oid;
+use crate::pg::ServerVersion;
 use crate::progress::Progress;
 use crate::proto;
 use crate::proto::entry::Kind;
@@ -49,6 +53,11 @@ use crate::repo::backup::manifest::FrameAt;
 use crate::repo::backup::reader::Reader;
 use crate::repo::backup::reader::Unpacker;
 use crate::repo::layout::ArchiveName;
+
+use super::compare;
+use super::control;
+use super::disk::Disk;
+use super::state;
 
 /// The file without which no server starts. It is written last.
 const PG_CONTROL: &[u8] = b"global/pg_control";
@@ -63,7 +72,11 @@ const HELD_FILE_BYTES_MAX: u64 = 16 << 20;
 const HELD_BYTES_MAX: u64 = 32 << 20;
 
 /// More threads than this wait for the disk only.
-const THREADS_MAX: usize = 16;
+pub(super) const THREADS_MAX: usize = 16;
+
+/// Frames of a part that are not needed are fetched all the same if they lie between others and have no more than so many
+/// bytes: another request costs about as much.
+const GAP_BYTES_MAX: u64 = 256 << 10;
 
 /// Where a backup goes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -73,6 +86,13 @@ pub struct Placement {
     /// Where tablespaces go: absolute paths of directories that are absent or empty. One that is not named here goes to
     /// where it was, if that place is free.
     pub tablespaces: BTreeMap<Oid, PathBuf>,
+    /// What is there already is compared with the backup and used, and what the backup does not have is removed: in the data
+    /// directory, and in the tablespaces that it links to.
+    pub over_existing: bool,
+    /// Nothing is synced, and the control file is kept in memory: the caller goes on, and makes all of it durable at the
+    /// end. Until then no server starts on the directory once the machine went down. Has no effect where there is no
+    /// memory file system.
+    pub durable_later: bool,
 }
 
 /// What was extracted.
@@ -86,6 +106,8 @@ pub struct ExtractReport {
     pub content_bytes: u64,
     /// Bytes fetched from the repository.
     pub stored_bytes: u64,
+    /// Bytes of the archives that were there already, compared with the manifest's checksums, and kept.
+    pub kept_bytes: u64,
     /// How long it took.
     pub elapsed: Duration,
     /// How much of that was waiting until everything is on disk.
@@ -178,6 +200,9 @@ impl ExtractError {
 /// The data directory gets the permissions that Postgres asks for (0700, or 0750 if the cluster allows its group in).
 /// `backup_label` stays, and `tablespace_map` tells where the tablespaces are now.
 ///
+/// # Panics
+/// If a thread that unpacks does.
+///
 /// # Errors
 /// Nothing is written if the places are not free or the manifest holds a forbidden path. After other errors, and if
 /// `cancel` is cancelled, a part of the files is left, without `global/pg_control`: no server starts on them.
@@ -188,31 +213,89 @@ pub async fn extract(
     progress: &dyn Progress,
     cancel: &CancellationToken,
 ) -> Result<ExtractReport, ExtractError> {
+    Ok(extract_and_hold(repository, manifest, to, progress, cancel).await?.report)
+}
+
+/// Looks whether all of a backup may go where it should, and changes nothing.
+///
+/// # Errors
+/// As those of [`extract`] before it writes.
+pub(super) fn check(manifest: &proto::BackupManifest, to: &Placement) -> Result<(), ExtractError> {
+    Layout::plan(manifest, to).map(drop)
+}
+
+/// What was extracted, and what it lies on.
+#[derive(Debug)]
+pub(super) struct Extracted {
+    pub(super) report: ExtractReport,
+    /// The file systems, open since before anything was written to them.
+    pub(super) disk: Disk,
+    /// Permissions of a file in the data directory.
+    pub(super) file_mode: u32,
+}
+
+impl Extracted {
+    /// What an earlier extraction wrote.
+    pub(super) fn as_it_is(manifest: &proto::BackupManifest, to: &Placement) -> Result<Self, ExtractError> {
+        let to = Placement { over_existing: true, ..to.clone() };
+        let layout = Layout::plan(manifest, &to)?;
+        let content_bytes = manifest.content_bytes;
+        let report = ExtractReport { content_bytes, kept_bytes: content_bytes, ..ExtractReport::default() };
+        Ok(Self { report, disk: layout.disk()?, file_mode: layout.mode & 0o666 })
+    }
+}
+
+/// As [`extract`]; also gives what is needed to make everything durable later.
+pub(super) async fn extract_and_hold(
+    repository: &Repository,
+    manifest: &Arc<proto::BackupManifest>,
+    to: &Placement,
+    progress: &dyn Progress,
+    cancel: &CancellationToken,
+) -> Result<Extracted, ExtractError> {
     let began = Instant::now();
     let layout = Arc::new(Layout::plan(manifest, to)?);
-    progress.begin("extract base backup", Some(manifest.content_bytes));
     let mut report = {
         let (layout, manifest) = (Arc::clone(&layout), Arc::clone(manifest));
         blocking(move || make_all(&layout, &manifest)).await?
     };
+    let disk = layout.disk()?;
+    let mut needed = vec![None; manifest.archives.len()];
+    if layout.over_existing {
+        progress.begin("compare with what is there", Some(manifest.content_bytes));
+        for (index, needed) in needed.iter_mut().enumerate() {
+            let compared =
+                compare::compare(repository, manifest, index, &layout.roots[index], is_held, progress, cancel);
+            let (differing, kept_bytes, stored_bytes) = compared.await?;
+            report.kept_bytes += kept_bytes;
+            report.stored_bytes += stored_bytes;
+            *needed = Some(differing);
+        }
+        progress.end();
+    }
+    progress.begin("extract base backup", Some(manifest.content_bytes.saturating_sub(report.kept_bytes)));
     let held = Arc::new(Mutex::new(Held::default()));
-    for index in 0..manifest.archives.len() {
+    for (index, needed) in needed.into_iter().enumerate() {
         let writing =
             Writing { manifest: Arc::clone(manifest), index, layout: Arc::clone(&layout), held: Arc::clone(&held) };
-        report.stored_bytes += writing.run(repository, progress, cancel).await?;
+        report.stored_bytes += writing.run(repository, needed, progress, cancel).await?;
     }
     report.content_bytes = manifest.content_bytes;
-    progress.note("wait for the disk");
     let syncing = Instant::now();
-    blocking(move || finish(&layout, &mut held.lock().unwrap_or_else(PoisonError::into_inner))).await?;
+    if !layout.durable_later {
+        progress.note("wait for the disk");
+    }
+    let file_mode = layout.mode & 0o666;
+    let finishing = disk.clone();
+    blocking(move || finish(&layout, &finishing, &mut held.lock().unwrap_or_else(PoisonError::into_inner))).await?;
     progress.end();
     report.sync_elapsed = syncing.elapsed();
     report.elapsed = began.elapsed();
-    Ok(report)
+    Ok(Extracted { report, disk, file_mode })
 }
 
 /// Runs what waits for the disk where it does not hold up others.
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, ExtractError> + Send + 'static,
 ) -> Result<T, ExtractError> {
     match tokio::task::spawn_blocking(work).await {
@@ -231,17 +314,29 @@ struct Layout {
     tablespaces: BTreeMap<Oid, PathBuf>,
     /// Permissions of the data directory and the tablespaces.
     mode: u32,
+    over_existing: bool,
+    durable_later: bool,
+    /// The folder of this server's version in a tablespace's directory, `PG_15_202209061`, begins with this.
+    version_prefix: String,
 }
 
 impl Layout {
     /// Decides where everything goes, and refuses what cannot or must not be written. Looks at the file system, but
     /// changes nothing.
     fn plan(manifest: &proto::BackupManifest, to: &Placement) -> Result<Self, ExtractError> {
-        if !is_free(&to.data_dir)? {
+        if !to.over_existing && !is_free(&to.data_dir)? {
             return Err(ExtractError::NotEmpty(to.data_dir.clone()));
         }
-        let mut layout =
-            Self { data_dir: to.data_dir.clone(), roots: Vec::new(), tablespaces: BTreeMap::new(), mode: 0o700 };
+        let major = ServerVersion::new(manifest.server_version).major();
+        let mut layout = Self {
+            data_dir: to.data_dir.clone(),
+            roots: Vec::new(),
+            tablespaces: BTreeMap::new(),
+            mode: 0o700,
+            over_existing: to.over_existing && !is_free(&to.data_dir)?,
+            durable_later: to.durable_later && control::is_possible(),
+            version_prefix: format!("PG_{major}_"),
+        };
         for archive in &manifest.archives {
             let root = match ArchiveName::parse(&archive.name) {
                 Some(ArchiveName::Tablespace(oid)) => layout.place(oid, &archive.location, to)?,
@@ -265,6 +360,11 @@ impl Layout {
         Ok(layout)
     }
 
+    fn disk(&self) -> Result<Disk, ExtractError> {
+        let roots = std::iter::once(self.data_dir.as_path()).chain(self.tablespaces.values().map(PathBuf::as_path));
+        Disk::open(roots).map_err(|(path, source)| ExtractError::Io { op: "open", path, source })
+    }
+
     /// Where a tablespace goes.
     fn place(&mut self, oid: Oid, location: &str, to: &Placement) -> Result<PathBuf, ExtractError> {
         if location == format!("pg_tblspc/{oid}") {
@@ -279,7 +379,7 @@ impl Layout {
                 if path.starts_with(&to.data_dir) {
                     return Err(refuse("that is within the data directory"));
                 }
-                if !is_free(path)? {
+                if !is_free(path)? && !layout_owns(to, oid, path) {
                     return Err(refuse("it is not empty"));
                 }
                 path.clone()
@@ -293,6 +393,7 @@ impl Layout {
                 }
                 match is_free(&path) {
                     Ok(true) => path,
+                    Ok(false) if layout_owns(to, oid, &path) => path,
                     Ok(false) => return Err(refuse("it is not empty".to_owned())),
                     Err(ExtractError::Io { source, .. }) => return Err(refuse(source.to_string())),
                     Err(error) => return Err(error),
@@ -307,10 +408,18 @@ impl Layout {
     }
 }
 
-/// True if there is nothing, or an empty directory.
+/// True if what is there belongs to the cluster that is in the data directory now, and may be used: its link leads there. A
+/// place that is merely full may be another server's.
+fn layout_owns(to: &Placement, oid: Oid, path: &Path) -> bool {
+    let link = fs::read_link(to.data_dir.join(format!("pg_tblspc/{oid}")));
+    to.over_existing && link.is_ok_and(|target| target == path)
+}
+
+/// True if there is nothing, or an empty directory, but for the note of an unfinished restore.
 fn is_free(path: &Path) -> Result<bool, ExtractError> {
     match fs::read_dir(path) {
-        Ok(mut entries) => Ok(entries.next().is_none()),
+        // A note of what is going to be here is nothing yet.
+        Ok(mut entries) => Ok(entries.all(|entry| entry.is_ok_and(|entry| state::is_note(&entry.file_name())))),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::NotADirectory => Ok(false),
         Err(source) => Err(ExtractError::Io { op: "look into", path: path.to_owned(), source }),
@@ -348,9 +457,17 @@ fn is_held(archive: &proto::Archive, entry: &proto::Entry) -> bool {
 #[derive(Debug, Default)]
 struct Held(BTreeMap<Vec<u8>, (u32, Vec<u8>)>);
 
-/// Makes directories, and files without content.
+/// Makes directories, links of tablespaces, and files without content. What is there and not in the backup is removed, the
+/// control file first.
 fn make_all(layout: &Layout, manifest: &proto::BackupManifest) -> Result<ExtractReport, ExtractError> {
     let mut report = ExtractReport::default();
+    if layout.over_existing {
+        control::remove(&layout.data_dir).map_err(|source| ExtractError::Io {
+            op: "remove the control file of",
+            path: layout.data_dir.clone(),
+            source,
+        })?;
+    }
     // The data directory, which is last, may hold tablespaces; so it comes first here.
     for (archive, root) in manifest.archives.iter().zip(&layout.roots).rev() {
         let fault = |op, path: &Path| {
@@ -359,6 +476,9 @@ fn make_all(layout: &Layout, manifest: &proto::BackupManifest) -> Result<Extract
         };
         DirBuilder::new().recursive(true).mode(layout.mode).create(root).map_err(fault("make directory", root))?;
         set_mode(root, layout.mode)?;
+        if layout.over_existing {
+            remove_others(layout, archive, root).map_err(|(path, source)| fault("remove", &path)(source))?;
+        }
         for entry in &archive.entries {
             let path = root.join(OsStr::from_bytes(&entry.path));
             match entry.kind() {
@@ -377,17 +497,82 @@ fn make_all(layout: &Layout, manifest: &proto::BackupManifest) -> Result<Extract
                         continue;
                     }
                     let mut options = OpenOptions::new();
-                    options.write(true).create_new(true).mode(entry.mode);
-                    options.open(&path).map_err(fault("make file", &path))?;
-                    if entry.mode & 0o077 != 0 {
+                    options.write(true).create_new(!layout.over_existing).create(true).mode(entry.mode);
+                    let file = options.open(&path).map_err(fault("make file", &path))?;
+                    if layout.over_existing {
+                        let length = file.metadata().map_err(fault("look at", &path))?.len();
+                        if length > entry.size {
+                            file.set_len(entry.size).map_err(fault("cut off", &path))?;
+                        }
+                        set_mode(&path, entry.mode)?;
+                    } else if entry.mode & 0o077 != 0 {
                         set_mode(&path, entry.mode)?; // the umask may have taken the group's part away
                     }
                 }
-                Kind::Symlink => {} // made when it is clear where it leads
+                Kind::Symlink => {} // of a tablespace
+            }
+        }
+        if archive.location.is_empty() {
+            // Before anything is written there: the links tell what belongs to this directory.
+            for (oid, path) in &layout.tablespaces {
+                let link = layout.data_dir.join(format!("pg_tblspc/{oid}"));
+                if fs::read_link(&link).is_ok_and(|target| target == *path) {
+                    continue;
+                }
+                std::os::unix::fs::symlink(path, &link).map_err(fault("link", &link))?;
             }
         }
     }
     Ok(report)
+}
+
+/// Removes what the archive does not have: of a tablespace's directory only in the folder of this server's version.
+fn remove_others(layout: &Layout, archive: &proto::Archive, root: &Path) -> Result<(), (PathBuf, io::Error)> {
+    let kinds: BTreeMap<&[u8], Kind> =
+        archive.entries.iter().map(|entry| (entry.path.as_slice(), entry.kind())).collect();
+    let is_base = archive.location.is_empty();
+    let mut folders = vec![PathBuf::new()];
+    while let Some(folder) = folders.pop() {
+        let whole = root.join(&folder);
+        let entries = fs::read_dir(&whole).map_err(|error| (whole.clone(), error))?;
+        for entry in entries {
+            let entry = entry.map_err(|error| (whole.clone(), error))?;
+            let (path, name) = (entry.path(), entry.file_name());
+            let fault = |error| (path.clone(), error);
+            let relative = folder.join(&name);
+            let bytes = relative.as_os_str().as_bytes();
+            let kind = entry.file_type().map_err(fault)?;
+            let is_top = folder.as_os_str().is_empty();
+            if is_top && !is_base && !name.to_string_lossy().starts_with(&layout.version_prefix) {
+                continue; // another server's, or somebody's
+            }
+            if is_base && is_top && state::is_note(&name) {
+                continue;
+            }
+            let stays = match kinds.get(bytes) {
+                Some(Kind::Directory) => kind.is_dir(),
+                Some(Kind::File) => kind.is_file(),
+                Some(Kind::Symlink) | None => {
+                    let oid = bytes.strip_prefix(b"pg_tblspc/").and_then(|oid| std::str::from_utf8(oid).ok());
+                    let place = oid.and_then(|oid| layout.tablespaces.get(&Oid(oid.parse().ok()?)));
+                    let is_link =
+                        is_base && place.is_some_and(|place| fs::read_link(&path).is_ok_and(|to| to == *place));
+                    let is_in_place = is_base && kind.is_dir() && layout.roots.contains(&path);
+                    if is_in_place {
+                        continue; // a tablespace within the data directory: looked at by itself
+                    }
+                    is_link
+                }
+            };
+            if !stays {
+                let removed = if kind.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+                removed.map_err(fault)?;
+            } else if kind.is_dir() {
+                folders.push(relative);
+            }
+        }
+    }
+    Ok(())
 }
 
 fn is_directory(path: &Path) -> bool {
@@ -411,11 +596,22 @@ struct Writing {
     held: Arc<Mutex<Held>>,
 }
 
-/// A part in memory, for as long as one of its frames is needed.
+/// A part, or a piece of one, in memory, for as long as one of its frames is needed.
 struct Part {
     key: String,
+    /// Where the piece begins in the part.
+    from: u64,
     stored: Bytes,
     _room: OwnedSemaphorePermit,
+}
+
+/// What is fetched with one request.
+struct Piece {
+    part: u32,
+    /// The place in the part; all of it if it is not said.
+    range: Option<Range<u64>>,
+    /// The frames that are needed of it.
+    frames: Vec<FrameAt>,
 }
 
 /// A frame to be written.
@@ -430,6 +626,7 @@ impl Writing {
     async fn run(
         self,
         repository: &Repository,
+        needed: Option<Vec<bool>>,
         progress: &dyn Progress,
         cancel: &CancellationToken,
     ) -> Result<u64, ExtractError> {
@@ -448,7 +645,7 @@ impl Writing {
             .collect();
         drop(done);
         let feed = async {
-            let result = this.feed(repository, &jobs).await;
+            let result = this.feed(repository, needed.as_deref(), &jobs).await;
             drop(jobs); // the threads end when they have done what is there
             result
         };
@@ -472,35 +669,36 @@ impl Writing {
         }
     }
 
-    async fn feed(&self, repository: &Repository, jobs: &mpsc::Sender<Job>) -> Result<u64, ExtractError> {
+    async fn feed(
+        &self,
+        repository: &Repository,
+        needed: Option<&[bool]>,
+        jobs: &mpsc::Sender<Job>,
+    ) -> Result<u64, ExtractError> {
         let archive = &self.manifest.archives[self.index];
         let reader = Reader::new(repository, &self.manifest.label, archive)?;
         let largest = archive.parts.iter().map(|part| part.stored_bytes).max().unwrap_or(0).max(1);
         let ahead = usize::try_from(HELD_BYTES_MAX / largest).unwrap_or(usize::MAX).clamp(2, 8);
         let room = Arc::new(Semaphore::new(ahead));
-        let fetch = |number: u32| {
+        let fetch = |piece: Piece| {
             let (reader, room) = (&reader, Arc::clone(&room));
             async move {
                 let room = room.acquire_owned().await.expect("the semaphore is never closed");
-                let stored = reader.part(number).await?;
-                Ok::<_, BackupError>(Arc::new(Part { key: reader.part_key(number), stored, _room: room }))
+                let stored = reader.part(piece.part, piece.range.clone()).await?;
+                let from = piece.range.map_or(0, |range| range.start);
+                let part = Part { key: reader.part_key(piece.part), from, stored, _room: room };
+                Ok::<_, BackupError>((Arc::new(part), piece.frames))
             }
         };
-        let count = u32::try_from(archive.parts.len()).unwrap_or(u32::MAX); // five digits
-        let mut parts = stream::iter(1..=count).map(fetch).buffered(ahead);
-        let mut part = None;
+        let pieces = pieces(reader.frames(), needed);
+        let mut parts = stream::iter(pieces).map(fetch).buffered(ahead);
         let mut fetched = 0;
-        let mut number = 0;
-        for frame in reader.frames() {
-            while number < frame.part {
-                number += 1;
-                let next = parts.next().await.transpose()?;
-                fetched += next.as_ref().map_or(0, |part| part.stored.len() as u64);
-                part = next;
-            }
-            let Some(part) = &part else { break };
-            if jobs.send(Job { part: Arc::clone(part), frame: *frame }).await.is_err() {
-                break; // a thread failed and says why
+        while let Some((part, frames)) = parts.next().await.transpose()? {
+            fetched += part.stored.len() as u64;
+            for frame in frames {
+                if jobs.send(Job { part: Arc::clone(&part), frame }).await.is_err() {
+                    return Ok(fetched); // a thread failed and says why
+                }
             }
         }
         Ok(fetched)
@@ -514,8 +712,8 @@ impl Writing {
             let mut unpacker = Unpacker::new()?;
             let mut content = Vec::new();
             while let Some(Job { part, frame }) = next() {
-                let (from, length) = (frame.stored_offset as usize, frame.stored_length as usize);
-                let stored = part.stored.get(from..).unwrap_or_default();
+                let from = frame.stored_offset.checked_sub(part.from).map_or(usize::MAX, |from| from as usize);
+                let (stored, length) = (part.stored.get(from..).unwrap_or_default(), frame.stored_length as usize);
                 unpacker.unpack(&part.key, &stored[..length.min(stored.len())], &frame, &mut content)?;
                 drop(part);
                 scribe.write(frame.content_offset, &content)?;
@@ -528,6 +726,36 @@ impl Writing {
         }
         result
     }
+}
+
+/// What to fetch: whole parts where all of them is needed, and otherwise the frames that are, with what lies between those
+/// that are near to each other.
+fn pieces(frames: &[FrameAt], needed: Option<&[bool]>) -> Vec<Piece> {
+    let mut pieces: Vec<Piece> = Vec::new();
+    for part in frames.chunk_by(|a, b| a.part == b.part) {
+        let first = part[0].part;
+        let Some(needed) = needed else {
+            pieces.push(Piece { part: first, range: None, frames: part.to_vec() });
+            continue;
+        };
+        let begin = frames.partition_point(|frame| frame.part < first);
+        let is_needed = |at: usize| needed.get(begin + at).copied().unwrap_or(true);
+        let begin_of_part = pieces.len();
+        for (_, frame) in part.iter().enumerate().filter(|(at, _)| is_needed(*at)) {
+            let end = frame.stored_offset + u64::from(frame.stored_length);
+            match pieces.get_mut(begin_of_part..).and_then(|pieces| pieces.last_mut()) {
+                Some(Piece { range: Some(range), frames, .. }) if frame.stored_offset <= range.end + GAP_BYTES_MAX => {
+                    range.end = end;
+                    frames.push(*frame);
+                }
+                _ => {
+                    let range = Some(frame.stored_offset..end);
+                    pieces.push(Piece { part: first, range, frames: vec![*frame] });
+                }
+            }
+        }
+    }
+    pieces
 }
 
 /// Puts bytes of the tar into the files that they belong to.
@@ -581,34 +809,45 @@ impl Scribe<'_> {
     }
 }
 
-/// Links tablespaces, waits until everything is on disk, then writes what makes a server start.
-fn finish(layout: &Layout, held: &mut Held) -> Result<(), ExtractError> {
+/// Writes what is written last, the control file as the very last and when all else is durable, or into memory.
+fn finish(layout: &Layout, disk: &Disk, held: &mut Held) -> Result<(), ExtractError> {
     let fault = |op, path: &Path| {
         let path = path.to_owned();
         move |source| ExtractError::Io { op, path, source }
     };
-    for (oid, path) in &layout.tablespaces {
-        let link = layout.data_dir.join(format!("pg_tblspc/{oid}"));
-        std::os::unix::fs::symlink(path, &link).map_err(fault("link", &link))?;
-    }
     if let Some((mode, map)) = held.0.remove(TABLESPACE_MAP) {
         let path = layout.data_dir.join(OsStr::from_bytes(TABLESPACE_MAP));
-        write_durably(&path, mode, &moved_map(&map, &layout.tablespaces)).map_err(fault("write", &path))?;
+        write_anew(&path, mode, &moved_map(&map, &layout.tablespaces)).map_err(fault("write", &path))?;
     }
-    sync_file_systems(std::iter::once(&layout.data_dir).chain(layout.tablespaces.values()))?;
+    if layout.durable_later
+        && let Some((_, content)) = held.0.get(PG_CONTROL)
+    {
+        match control::keep_in_memory(&layout.data_dir, content) {
+            Ok(()) => return Ok(()),
+            Err(error) => {
+                tracing::warn!("{} is made durable now, which takes longer: {error}", layout.data_dir.display())
+            }
+        }
+    }
+    disk.sync().map_err(|(path, source)| fault("sync the file system of", &path)(source))?;
     for (name, (mode, content)) in &held.0 {
         let path = layout.data_dir.join(OsStr::from_bytes(name));
-        write_durably(&path, *mode, content).map_err(fault("write", &path))?;
+        write_anew(&path, *mode, content)
+            .and_then(|()| File::open(&path)?.sync_all())
+            .and_then(|()| crate::atomic_file::sync_folder_of(&path))
+            .map_err(fault("write", &path))?;
     }
     Ok(())
 }
 
-fn write_durably(path: &Path, mode: u32, content: &[u8]) -> io::Result<()> {
+fn write_anew(path: &Path, mode: u32, content: &[u8]) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
     let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path)?;
     file.set_permissions(Permissions::from_mode(mode & 0o777))?;
-    file.write_all(content)?;
-    file.sync_all()?;
-    crate::atomic_file::sync_folder_of(path)
+    file.write_all(content)
 }
 
 /// `tablespace_map` with the places where tablespaces are now. A line holds an OID, a space, and a path in which
@@ -643,40 +882,6 @@ fn moved_map(map: &[u8], places: &BTreeMap<Oid, PathBuf>) -> Vec<u8> {
         }
     }
     moved
-}
-
-/// Makes all that was written durable: one call for each file system, and not one for each of thousands of files.
-#[cfg(target_os = "linux")]
-fn sync_file_systems<'a>(roots: impl Iterator<Item = &'a PathBuf>) -> Result<(), ExtractError> {
-    let mut synced = BTreeSet::new();
-    for root in roots {
-        let fault = |source| ExtractError::Io { op: "sync the file system of", path: root.clone(), source };
-        let folder = File::open(root).map_err(fault)?;
-        if synced.insert(folder.metadata().map_err(fault)?.dev()) {
-            rustix::fs::syncfs(&folder).map_err(|error| fault(error.into()))?;
-        }
-        crate::atomic_file::sync_folder_of(root).map_err(fault)?; // the root's own name
-    }
-    Ok(())
-}
-
-/// Makes all that was written durable, file by file.
-#[cfg(not(target_os = "linux"))]
-fn sync_file_systems<'a>(roots: impl Iterator<Item = &'a PathBuf>) -> Result<(), ExtractError> {
-    fn sync(path: &Path) -> io::Result<()> {
-        let metadata = fs::symlink_metadata(path)?;
-        if metadata.is_dir() {
-            for entry in fs::read_dir(path)? {
-                sync(&entry?.path())?;
-            }
-        }
-        if metadata.is_symlink() { Ok(()) } else { File::open(path)?.sync_all() }
-    }
-    for root in roots {
-        let fault = |source| ExtractError::Io { op: "sync", path: root.clone(), source };
-        sync(root).and_then(|()| crate::atomic_file::sync_folder_of(root)).map_err(fault)?;
-    }
-    Ok(())
 }
 
 #[cfg(test)]

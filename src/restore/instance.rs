@@ -54,10 +54,10 @@ impl Listen {
 }
 
 /// The port in the name of a socket where nobody asked for one.
-const DEFAULT_PORT: u16 = 5432;
+pub(super) const DEFAULT_PORT: u16 = 5432;
 
 /// A Unix socket's path has at most 107 bytes (`sun_path`), of which its name takes up to 18.
-const SOCKET_DIR_BYTES_MAX: usize = 107 - 18;
+pub(super) const SOCKET_DIR_BYTES_MAX: usize = 107 - 18;
 
 /// The log of the restored server, in its data directory.
 pub(super) const LOG: &str = "walguard-restore.log";
@@ -69,10 +69,10 @@ const LOG_TAIL_LINES: usize = 15;
 const LOG_TAIL_BYTES: u64 = 16 << 10;
 
 /// How long a server may take to stop: a shutdown writes all that is in memory.
-const STOP_DEADLINE: Duration = Duration::from_secs(600);
+pub(super) const STOP_DEADLINE: Duration = Duration::from_secs(600);
 
 /// How often the server is asked how far it is.
-pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(50);
+pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// A restored server that runs.
 #[derive(Debug)]
@@ -101,12 +101,14 @@ pub(super) struct Replay {
 }
 
 impl Instance {
-    /// Starts the server on a configured data directory, and does not wait. It goes on when this process ends.
+    /// Starts the server on a configured data directory, and does not wait. It goes on when this process ends. `more` are
+    /// settings of this run alone.
     pub(super) fn start(
         binaries: &Binaries,
         data_dir: &Path,
         listen: &Listen,
         role: &str,
+        more: &[(&'static str, String)],
     ) -> Result<Self, RestoreError> {
         let socket_dir = socket_dir(data_dir, listen)?;
         let log = data_dir.join(LOG);
@@ -133,6 +135,7 @@ impl Instance {
             // Nobody comes over the network, and the certificates may not be here.
             settings.push(("ssl", "off".to_owned()));
         }
+        settings.extend_from_slice(more);
         for (name, value) in settings {
             command.arg("-c").arg(format!("{name}={value}"));
         }
@@ -210,12 +213,43 @@ impl Instance {
         })
     }
 
+    /// Relations that replay has locked exclusively (Postgres: `StandbyAcquireAccessExclusiveLock`); 0 if it does not answer.
+    pub(super) async fn locked(&self) -> u64 {
+        let sql = "SELECT count(DISTINCT (database, relation)) FROM pg_locks \
+                   WHERE locktype = 'relation' AND mode = 'AccessExclusiveLock' AND granted \
+                   AND pid = (SELECT pid FROM pg_stat_activity WHERE backend_type = 'startup')";
+        let Some(client) = self.connect().await else { return 0 };
+        let count = client.query_one(sql, &[]).await.and_then(|row| row.try_get::<_, i64>(0));
+        count.ok().and_then(|count| u64::try_from(count).ok()).unwrap_or_default()
+    }
+
     /// Makes the server a primary on a new timeline, as `pg_ctl promote` does (`do_promote` in `bin/pg_ctl/pg_ctl.c`).
     pub(super) fn promote(&self) -> Result<(), RestoreError> {
         let signal = self.data_dir.join("promote");
         fs::write(&signal, "").map_err(RestoreError::file("write", signal))?;
         self.signal(Signal::USR1);
         Ok(())
+    }
+
+    /// Has the server read its settings again.
+    pub(super) fn reload(&self) {
+        self.signal(Signal::HUP);
+    }
+
+    /// True if the server syncs what it writes; `None` if it cannot be asked now. A new session is asked, because it has what
+    /// the server has read last.
+    pub(super) async fn syncs(&self) -> Option<bool> {
+        let client = self.connect().await?;
+        let value: String = client.query_one("SHOW fsync", &[]).await.ok()?.try_get(0).ok()?;
+        Some(value == "on")
+    }
+
+    /// True if the process that replays WAL waits for more of it, again and again.
+    pub(super) async fn lacks_wal(client: &Client) -> bool {
+        let sql = "SELECT wait_event FROM pg_stat_activity WHERE backend_type = 'startup'";
+        let waits = client.query_opt(sql, &[]).await.ok().flatten();
+        let event = waits.and_then(|row| row.try_get::<_, Option<String>>(0).ok().flatten());
+        event.is_some_and(|event| event == "RecoveryRetrieveRetryInterval")
     }
 
     /// Stops the server: sessions are ended, and all is written. Waits until it is gone.

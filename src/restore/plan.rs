@@ -21,26 +21,18 @@ use super::scan::{Goal, Scanned, padded};
 pub use super::scan::{Stop, Transaction};
 use super::search::{Found, Search};
 use super::target::Target;
+use crate::backoff::Chain;
 use crate::decode::rmgr::xlog::Parameters;
 use crate::detect::Incident;
-use crate::pg::{Lsn, PgTime, Position, SegmentName, TimelineHistory, TimelineId};
+use crate::pg::{Lsn, PgTime, Position, SegmentName, SegmentSize, SystemId, TimelineHistory, TimelineId};
 use crate::progress::Progress;
 use crate::repo::Repository;
 use crate::repo::catalog::{BackupInfo, Catalog, CatalogScope, Missing};
 use crate::repo::lease::CaughtUp;
+use crate::repo::restores::Rates;
 
 /// A checkpoint's time is cut to whole seconds, and taken just before the place is fixed where its WAL begins.
 const CHECKPOINT_TIME_SLACK: i64 = 2_000_000;
-
-/// Bytes of a base backup that are unpacked and written in a second. This and the next are chosen so that the restores of
-/// `benches/RESULTS.md`, which took 13 to 30 s on two cores, are estimated at 21 s.
-const EXTRACTED_PER_SECOND: f64 = 350e6;
-
-/// Bytes of WAL that PostgreSQL replays in a second while we fetch them.
-const REPLAYED_PER_SECOND: f64 = 250e6;
-
-/// For the server to start.
-const START_SECONDS: f64 = 1.0;
 
 /// What somebody wants.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -94,9 +86,10 @@ pub struct RestorePlan {
     pub segments_read: u64,
     /// About so many bytes of WAL and backup are fetched from the repository.
     pub fetched_bytes: u64,
-    /// About so many seconds will pass until the moment is reached, if store and disk are no slower than those of
-    /// `benches/RESULTS.md`.
+    /// About so many seconds will pass until the moment is reached, by these rates.
     pub estimated_seconds: f64,
+    /// How fast the last restores from this repository were; or, if there were none, those of `benches/RESULTS.md`.
+    pub rates: Rates,
     /// The time of the last transaction's end, commit or abort, that the server will have replayed, and of the one
     /// before it.
     #[serde(skip)]
@@ -124,11 +117,6 @@ pub struct Alternative {
     pub wal_bytes: u64,
     /// About so many seconds would pass until the moment is reached.
     pub estimated_seconds: f64,
-}
-
-/// About how long it takes to restore a backup of so many bytes and to replay so much WAL, in seconds.
-fn estimate(content_bytes: u64, wal_bytes: u64) -> f64 {
-    content_bytes as f64 / EXTRACTED_PER_SECOND + wal_bytes as f64 / REPLAYED_PER_SECOND + START_SECONDS
 }
 
 /// A backup that is not used.
@@ -168,15 +156,36 @@ pub async fn plan(
         _ => None,
     };
     let path = choose_path(&catalog, request.timeline, harm.as_ref())?;
+    let rates = cancellable(cancel, repo.restore_rates()).await?.unwrap_or_else(|error| {
+        tracing::debug!("failed to read how long earlier restores took: {}", Chain(&error));
+        Rates::default() // no reason not to restore
+    });
     let caught_up = cancellable(cancel, repo.lease()).await??.and_then(|lease| lease.caught_up);
     let target = harm.as_ref().map(|harm| Target::Lsn(harm.at.lsn));
     let resolved = Request { target: target.unwrap_or_else(|| request.target.clone()), ..request.clone() };
-    let planner = Planner { repo, catalog: &catalog, path: &path, caught_up, request: &resolved, progress, cancel };
+    let planner = Planner {
+        repo,
+        catalog: &catalog,
+        path: &path,
+        caught_up,
+        rates,
+        request: &resolved,
+        is_before: harm.is_some(),
+        progress,
+        cancel,
+    };
     let mut plan = planner.plan().await?;
     if let Some(harm) = harm {
         // Only that transaction's own record is the right place: an LSN alone might lie in the WAL of another past.
-        if plan.stop.lsn != harm.at.lsn || plan.lost.is_none_or(|lost| lost.lsn != harm.at.lsn) {
+        if plan.stop.lsn > harm.at.lsn || plan.lost.is_none_or(|lost| lost.lsn != harm.at.lsn) {
             let what = format!("the commit at {} with which incident {} began", harm.at.lsn, harm.incident.id);
+            if plan.lost.is_none() {
+                // An alarm can be faster than the archive.
+                let before = Moment { lsn: plan.stop.reached, time: plan.kept.map(|kept| kept.time) };
+                let nearest = Nearest { before: Some(before), after: None };
+                let problem = format!("{what} is not archived yet");
+                return Err(RestoreError::Unreachable { problem, nearest, not_yet: true });
+            }
             return Err(RestoreError::NotInWal { what, from: plan.backup.start, to: plan.archived.lsn });
         }
         plan.target = request.target.clone();
@@ -294,7 +303,10 @@ struct Planner<'a> {
     path: &'a TimelineHistory,
     /// What the agent proved last.
     caught_up: Option<CaughtUp>,
+    rates: Rates,
     request: &'a Request,
+    /// The request's LSN is the commit that `before:` leaves out.
+    is_before: bool,
     progress: &'a dyn Progress,
     cancel: &'a CancellationToken,
 }
@@ -345,9 +357,10 @@ impl Planner<'_> {
         }
     }
 
-    fn goal(&self) -> Goal {
+    fn goal(&self, backup: &BackupInfo) -> Goal {
         let exclusive = self.request.exclusive;
         match &self.request.target {
+            Target::Lsn(lsn) if self.is_before => Goal::Before { lsn: *lsn, floor: backup.stop },
             Target::Latest | Target::Before(_) => Goal::End,
             Target::Time(at) => Goal::Time { at: *at, exclusive },
             Target::Lsn(lsn) => Goal::Lsn(*lsn),
@@ -455,7 +468,8 @@ impl Planner<'_> {
             wal_segments,
             segments_read,
             fetched_bytes: backup.stored_bytes + wal_segments * (stored / segments.max(1)),
-            estimated_seconds: estimate(backup.content_bytes, stop.read_to.saturating_sub(backup.start)),
+            estimated_seconds: self.rates.estimate(backup.content_bytes, stop.read_to.saturating_sub(backup.start)),
+            rates: self.rates,
             last_ends: found.last_ends,
             ends_with_transaction: found.ends_with_transaction,
             parameters: found.parameters,
@@ -479,7 +493,7 @@ impl Planner<'_> {
         };
         let weigh = |backup: &&BackupInfo| {
             let wal_bytes = read_to.saturating_sub(backup.start);
-            let estimated_seconds = estimate(backup.content_bytes, wal_bytes);
+            let estimated_seconds = self.rates.estimate(backup.content_bytes, wal_bytes);
             Alternative { label: backup.label.clone(), wal_bytes, estimated_seconds }
         };
         let mut weighed: Vec<_> = candidates.iter().filter(serves).map(weigh).collect();
@@ -561,7 +575,7 @@ impl Planner<'_> {
     async fn read(&self, backup: &BackupInfo, to: Lsn, candidates: &[&BackupInfo]) -> Result<Found, RestoreError> {
         let &Self { repo, catalog, path, progress, cancel, .. } = self;
         let search = Search { repo, catalog, path, everything: self.request.verify, progress, cancel };
-        let found = search.run(self.goal(), backup.start, to).await?;
+        let found = search.run(self.goal(backup), backup.start, to).await?;
         match &found.problem {
             // Damage behind the target does not keep anybody from it.
             Some((name, problem)) if found.scanned.stop.is_none() => {
@@ -600,6 +614,16 @@ fn legs(path: &TimelineHistory, backup: &BackupInfo, stop: &Stop) -> Vec<Leg> {
 }
 
 impl RestorePlan {
+    /// Whose backup it is.
+    pub(super) fn system_id(&self) -> SystemId {
+        self.catalog.as_ref().map_or(SystemId::new(0), |catalog| catalog.identity.system_id)
+    }
+
+    /// Bytes of a WAL segment.
+    pub(super) fn segment_size(&self) -> SegmentSize {
+        self.catalog.as_ref().map_or(SegmentSize::DEFAULT, |catalog| catalog.identity.segment_size)
+    }
+
     /// Where recovery ends: what is kept ends here.
     pub fn reached(&self) -> Position {
         let timeline = self.path.last().map_or(self.timeline, |leg| leg.timeline);
@@ -619,7 +643,7 @@ mod tests {
     use crate::decode::testing::{WalWriter, Written, main_data, source};
     use crate::decode::{RmgrId, WalMajor};
     use crate::detect::Observer;
-    use crate::pg::{ServerVersion, SystemId, Xid};
+    use crate::pg::{ServerVersion, Xid};
     use crate::progress::Silent;
     use crate::proto;
     use crate::repo::RepoError;
@@ -1092,7 +1116,8 @@ mod tests {
             match lsn {
                 Some(lsn) if lsn == harm.lsn => {
                     let plan = plan.unwrap();
-                    assert_eq!((plan.stop.lsn, plan.kept.unwrap().lsn), (harm.lsn, kept.lsn));
+                    assert_eq!((plan.stop.lsn, plan.lost.unwrap().lsn), (row.lsn, harm.lsn));
+                    assert_eq!((plan.stop.reached, plan.kept.unwrap().lsn), (kept.end, kept.lsn));
                     assert_eq!((plan.incident.unwrap().id, plan.target), (id.clone(), Target::Before(id)));
                 }
                 Some(_) => assert!(matches!(plan.unwrap_err(), RestoreError::NotInWal { .. })),

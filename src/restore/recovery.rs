@@ -6,9 +6,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::error::RestoreError;
+use super::handover::MARK;
 use super::plan::RestorePlan;
 use crate::atomic_file;
 use crate::decode::rmgr::xlog::Parameters;
+use crate::repo;
 
 /// How the server calls `walguard wal-fetch`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,8 +21,36 @@ pub struct FetchCommand {
     pub settings: String,
 }
 
+impl FetchCommand {
+    /// How `program` is called: with settings that name the repository and nothing else. Secrets stay in the files that
+    /// these name, or in the environment that the server inherits.
+    ///
+    /// # Errors
+    /// If a path cannot be made absolute: the server works in its data directory.
+    pub fn new(program: PathBuf, repository: &repo::Config, cluster: &str) -> io::Result<Self> {
+        let mut repository = repository.clone();
+        let files = [
+            &mut repository.s3.access_key_id_file,
+            &mut repository.s3.secret_access_key_file,
+            &mut repository.s3.session_token_file,
+        ];
+        for file in files.into_iter().flatten() {
+            *file = std::path::absolute(&*file)?;
+        }
+        let repository = toml::Value::try_from(&repository).map_err(io::Error::other)?;
+        let mut table = toml::Table::new();
+        table.insert("cluster".to_owned(), cluster.into());
+        table.insert("repository".to_owned(), repository);
+        let settings = format!("# How `walguard wal-fetch` finds the WAL of this restored server.\n{table}");
+        Ok(Self { program, settings })
+    }
+}
+
 /// The settings file of `wal-fetch`, in the data directory.
 pub const FETCH_SETTINGS: &str = "walguard-restore.toml";
+
+/// What was added to the settings, in the data directory: `ALTER SYSTEM` keeps the settings and not the marks around them.
+const ADDED: &str = "walguard-restore.conf";
 
 /// `pg_hba.conf` of the restored server while walguard watches it, in the data directory.
 pub(super) const HBA: &str = "walguard-restore-hba.conf";
@@ -37,7 +67,12 @@ const AT_LEAST: [&str; 5] = [
     "max_locks_per_transaction",
 ];
 
+/// Libraries that start jobs by themselves as soon as a server takes writes: mails would be sent twice, rows deleted that
+/// somebody is looking for. Nothing that is stored needs them.
+const JOB_LIBRARIES: [&str; 4] = ["pg_cron", "pg_net", "pg_partman_bgw", "pgagent"];
+
 /// Writes everything that recovery needs into an extracted data directory. `settings` are those of the backup's manifest.
+/// A `bare` one gets nothing for recovery: whoever starts the server arranges that.
 ///
 /// # Errors
 /// Of the file system.
@@ -46,8 +81,9 @@ pub fn configure(
     plan: &RestorePlan,
     settings: &BTreeMap<String, String>,
     fetch: &FetchCommand,
+    bare: bool,
 ) -> Result<(), RestoreError> {
-    for leftover in ["standby.signal", "postmaster.pid", "postmaster.opts", "promote"] {
+    for leftover in ["standby.signal", "recovery.signal", "postmaster.pid", "postmaster.opts", "promote", MARK] {
         let path = data_dir.join(leftover);
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -56,11 +92,13 @@ pub fn configure(
             _ => {}
         }
     }
-    write_private(&data_dir.join(FETCH_SETTINGS), &fetch.settings)?;
     let original_hba = read_if_there(&data_dir.join("pg_hba.conf"))?;
     // First match wins: whoever can open the socket, which only the server's user can, is let in.
     let hba = format!("local all all trust\n{}", original_hba.as_deref().unwrap_or_default());
-    write_private(&data_dir.join(HBA), &hba)?;
+    if !bare {
+        write_private(&data_dir.join(FETCH_SETTINGS), &fetch.settings)?;
+        write_private(&data_dir.join(HBA), &hba)?;
+    }
     if original_hba.is_none() {
         write_private(&data_dir.join("pg_hba.conf"), MINIMAL_HBA)?;
     }
@@ -68,18 +106,101 @@ pub fn configure(
         write_private(&data_dir.join("pg_ident.conf"), "")?;
     }
     let conf = data_dir.join("postgresql.conf");
-    match read_if_there(&conf)? {
+    let original_conf = read_if_there(&conf)?;
+    let has_conf = original_conf.is_some();
+    match original_conf {
         None => write_private(&conf, &minimal_conf(settings))?,
         Some(text) => {
-            if let Some(mended) = keep_in(data_dir, &text) {
+            let plain = if text.contains(BEGIN) { without_block(&text) } else { text.clone() };
+            let mended = keep_in(data_dir, &plain).unwrap_or(plain);
+            if mended != text {
                 write_private(&conf, &mended)?;
             }
         }
     }
     let auto = data_dir.join("postgresql.auto.conf");
-    let old = read_if_there(&auto)?.unwrap_or_default();
-    write_private(&auto, &format!("{}{}", without_block(&old), block(data_dir, plan, settings, fetch)))?;
+    let old = without_block(&read_if_there(&auto)?.unwrap_or_default());
+    if bare {
+        return write_private(&auto, &old);
+    }
+    let loads = has_conf || value_of(&old, "shared_preload_libraries").is_some();
+    let libraries = settings.get("shared_preload_libraries").filter(|_| loads).and_then(|all| without_jobs(all));
+    let added = block(data_dir, plan, settings, fetch, libraries.as_deref());
+    write_private(&data_dir.join(ADDED), &added)?;
+    write_private(&auto, &format!("{old}{added}"))?;
     write_private(&data_dir.join("recovery.signal"), "")
+}
+
+/// Takes out of a data directory's settings what [`configure`] added: from now on its server is like any other.
+///
+/// # Errors
+/// Of the file system.
+pub(super) fn settle(data_dir: &Path) -> Result<(), RestoreError> {
+    let added = read_if_there(&data_dir.join(ADDED))?.unwrap_or_default();
+    for name in ["postgresql.conf", "postgresql.auto.conf"] {
+        let path = data_dir.join(name);
+        let Some(text) = read_if_there(&path)? else { continue };
+        let mut plain = without_block(&text);
+        if name == "postgresql.auto.conf" && !text.contains(BEGIN) {
+            let is_ours = |line: &&str| !line.starts_with('#') && added.lines().any(|ours| ours == *line);
+            plain = plain.lines().filter(|line| !is_ours(line)).map(|line| format!("{line}\n")).collect();
+        }
+        if plain != text {
+            write_private(&path, &plain)?;
+        }
+    }
+    for name in ["recovery.signal", "standby.signal", "promote"] {
+        remove_if_there(&data_dir.join(name))?;
+    }
+    Ok(())
+}
+
+/// Removes what a restore left behind besides: it is none any more.
+///
+/// # Errors
+/// Of the file system.
+pub(super) fn forget(data_dir: &Path) -> Result<(), RestoreError> {
+    for name in [FETCH_SETTINGS, HBA, ADDED, MARK] {
+        remove_if_there(&data_dir.join(name))?;
+    }
+    Ok(())
+}
+
+fn remove_if_there(path: &Path) -> Result<(), RestoreError> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(RestoreError::file("remove", path)(error)),
+        _ => Ok(()),
+    }
+}
+
+/// The last value that a configuration gives a setting, without its quotes; those of files that it includes are not seen.
+pub(super) fn value_of(text: &str, name: &str) -> Option<String> {
+    let mut values = text.lines().filter_map(|line| {
+        let line = line.trim_start();
+        let rest = line.get(..name.len()).filter(|head| head.eq_ignore_ascii_case(name)).and(line.get(name.len()..))?;
+        let rest = rest.starts_with([' ', '\t', '=']).then_some(rest)?.trim_start_matches([' ', '\t', '=']);
+        Some(match rest.strip_prefix('\'') {
+            // Up to the quote that is not doubled.
+            Some(quoted) => {
+                let doubled = quoted.replace("\'\'", "\0");
+                doubled.split('\'').next().unwrap_or_default().replace('\0', "'")
+            }
+            None => rest.split(['#', ' ', '\t']).next().unwrap_or_default().to_owned(),
+        })
+    });
+    values.next_back()
+}
+
+/// The libraries without those that start jobs; `None` if there are none of these.
+fn without_jobs(libraries: &str) -> Option<String> {
+    let name = |library: &str| {
+        let plain = library.trim().trim_matches('"');
+        let plain = plain.rsplit('/').next().unwrap_or_default();
+        plain.strip_suffix(".so").unwrap_or(plain).to_owned()
+    };
+    let all: Vec<&str> = libraries.split(',').map(str::trim).filter(|library| !library.is_empty()).collect();
+    let kept: Vec<&str> = all.iter().filter(|one| !JOB_LIBRARIES.contains(&name(one).as_str())).copied().collect();
+    (kept.len() < all.len()).then(|| kept.join(", "))
 }
 
 const MINIMAL_HBA: &str = "\
@@ -128,28 +249,38 @@ fn keep_in(data_dir: &Path, text: &str) -> Option<String> {
 }
 
 /// What an earlier restore wrote is taken out: the backup may be one of a restored server.
-fn without_block(text: &str) -> String {
+pub(super) fn without_block(text: &str) -> String {
+    without_marked(text, BEGIN, END)
+}
+
+/// The lines that do not stand between a line `begin` and a line `end`, nor are one of these.
+pub(super) fn without_marked(text: &str, begin: &str, end: &str) -> String {
     let mut kept = String::new();
     let mut inside = false;
     for line in text.lines() {
-        match line {
-            BEGIN => inside = true,
-            END => inside = false,
-            line if !inside => {
-                kept += line;
-                kept.push('\n');
-            }
-            _ => {}
+        if line == begin {
+            inside = true;
+        } else if line == end {
+            inside = false;
+        } else if !inside {
+            kept += line;
+            kept.push('\n');
         }
     }
     kept
 }
 
 /// The settings of the restored server. The last word on a setting wins, so they stand behind the original's.
-fn block(data_dir: &Path, plan: &RestorePlan, settings: &BTreeMap<String, String>, fetch: &FetchCommand) -> String {
+fn block(
+    data_dir: &Path,
+    plan: &RestorePlan,
+    settings: &BTreeMap<String, String>,
+    fetch: &FetchCommand,
+    libraries: Option<&str>,
+) -> String {
     let mut text = format!(
         "{BEGIN}\n# Recovery to what was asked for. The restored server must never archive over the original's WAL, nor\n\
-         # connect to it; take this block out to make it a server of its own that archives again.\n"
+         # connect to anybody, nor run jobs. `walguard handover` takes this block out and makes it a server of its own.\n"
     );
     let mut set = |name: &str, value: &str| text += &format!("{name} = {}\n", quoted(value));
     set("restore_command", &restore_command(data_dir, fetch));
@@ -170,8 +301,15 @@ fn block(data_dir: &Path, plan: &RestorePlan, settings: &BTreeMap<String, String
     set("archive_mode", "off");
     set("primary_conninfo", "");
     set("primary_slot_name", "");
+    // A subscription would go on, and use up what the original's has not got yet.
+    set("max_logical_replication_workers", "0");
+    if let Some(libraries) = libraries {
+        set("shared_preload_libraries", libraries);
+    }
     // Nobody confirms this server's commits: they must not wait for it.
     set("synchronous_standby_names", "");
+    // Whoever archives it once it is handed over must find its timeline whole, and no slot holds it until then.
+    set("wal_keep_size", "1GB");
     for (name, value) in at_least(settings, plan.parameters.as_ref()) {
         set(name, &value.to_string());
     }
@@ -235,6 +373,41 @@ mod tests {
     fn a_block_of_an_earlier_restore_is_replaced_and_other_settings_stay() {
         let old = format!("work_mem = '64MB'\n{BEGIN}\nrestore_command = 'old'\n{END}\nport = 1\n");
         assert_eq!(without_block(&old), "work_mem = '64MB'\nport = 1\n");
+    }
+
+    #[test]
+    fn what_a_restore_added_is_taken_out_even_after_alter_system() {
+        let folder = tempfile::tempdir().unwrap();
+        let auto = folder.path().join("postgresql.auto.conf");
+        let added = format!("{BEGIN}\n# why\narchive_mode = 'off'\nrestore_command = 'x'\n{END}\n");
+        fs::write(folder.path().join(ADDED), &added).unwrap();
+        fs::write(folder.path().join("postgresql.conf"), format!("port = 1\n{added}")).unwrap();
+        // As `ALTER SYSTEM SET work_mem` leaves it.
+        let warning = "# Do not edit this file manually!\n";
+        let after = "archive_command = 'cp'\narchive_mode = 'off'\nrestore_command = 'x'\nwork_mem = '1MB'\n";
+        fs::write(&auto, format!("{warning}{after}")).unwrap();
+        settle(folder.path()).unwrap();
+        let left = fs::read_to_string(&auto).unwrap();
+        assert_eq!(left, format!("{warning}archive_command = 'cp'\nwork_mem = '1MB'\n"));
+        assert_eq!(fs::read_to_string(folder.path().join("postgresql.conf")).unwrap(), "port = 1\n");
+        settle(folder.path()).unwrap();
+        assert_eq!(fs::read_to_string(&auto).unwrap(), left, "a second time changes nothing");
+    }
+
+    #[test]
+    fn the_last_value_of_a_setting_counts() {
+        let text = "#a = 0\n a = 1\nab = 2\nA = 'it''s' # new\n";
+        assert_eq!(value_of(text, "a").as_deref(), Some("it's"));
+        assert_eq!(value_of("a 5 # five\n", "a").as_deref(), Some("5"));
+        assert_eq!(value_of("ab = 2\n", "a"), None);
+    }
+
+    #[test]
+    fn only_libraries_that_start_jobs_are_left_out() {
+        assert_eq!(without_jobs("pg_stat_statements, pg_cron,pgaudit").as_deref(), Some("pg_stat_statements, pgaudit"));
+        assert_eq!(without_jobs("$libdir/pg_cron.so").as_deref(), Some(""));
+        assert_eq!(without_jobs("timescaledb, auto_explain"), None);
+        assert_eq!(without_jobs(""), None);
     }
 
     #[test]

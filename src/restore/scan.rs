@@ -22,6 +22,15 @@ pub(super) enum Goal {
     Time { at: PgTime, exclusive: bool },
     /// The first record that does not lie wholly before this place.
     Lsn(Lsn),
+    /// What committed before this place, and as little else as can be: recovery stops behind the last record before it that
+    /// must be kept. So the transaction that ends here has done less: it holds no lock that keeps readers from a table, and
+    /// the files of a database that it drops, which are removed before it commits, are still there.
+    Before {
+        /// The place.
+        lsn: Lsn,
+        /// Nothing is consistent before this one.
+        floor: Lsn,
+    },
     /// The end of this transaction.
     Xid { xid: Xid, exclusive: bool },
     /// The restore point of this name.
@@ -92,6 +101,18 @@ pub(super) struct Scan {
     last: Option<Span>,
     /// The goal is met with the last record: recovery stops before the next one.
     met: bool,
+    /// The last record before the stop that must be kept whatever follows: a commit, a `PREPARE TRANSACTION`, a promotion ...
+    anchor: Option<Anchor>,
+    /// The record behind it.
+    behind: Option<Span>,
+}
+
+/// A record that must be kept, and what [`Scanned`] says when recovery stops behind it.
+#[derive(Clone, Copy, Debug)]
+struct Anchor {
+    end: Lsn,
+    last_ends: [Option<PgTime>; 2],
+    ends_with_transaction: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -109,7 +130,7 @@ pub(super) enum More {
 
 impl Scan {
     pub(super) fn new(goal: Goal, from: Lsn) -> Self {
-        Self { goal, from, found: Scanned::default(), last: None, met: false }
+        Self { goal, from, found: Scanned::default(), last: None, met: false, anchor: None, behind: None }
     }
 
     /// Looks at the next record.
@@ -126,12 +147,12 @@ impl Scan {
             self.found.latest = self.found.latest.max(Some(time));
         }
         if self.found.stop.is_none() && (self.met || self.stops_before(record, end.as_ref())) {
-            self.found.stop = Some(Stop {
+            self.found.stop = Some(self.early_stop().unwrap_or(Stop {
                 lsn: record.lsn,
                 inclusive: false,
                 read_to: record.end,
                 reached: self.last.map_or(record.lsn, |last| last.end),
-            });
+            }));
         }
         if self.found.stop.is_none() {
             self.keep(record, end.as_ref(), machinery.as_ref());
@@ -142,6 +163,41 @@ impl Scan {
         }
         self.see_name(record, machinery.as_ref());
         Ok(self.more())
+    }
+
+    /// The stop behind the last record that must be kept, if that is wanted and others follow it.
+    fn early_stop(&mut self) -> Option<Stop> {
+        let (anchor, behind) = (self.anchor?, self.behind?);
+        if !matches!(self.goal, Goal::Before { .. }) {
+            return None;
+        }
+        self.found.last_ends = anchor.last_ends;
+        self.found.ends_with_transaction = anchor.ends_with_transaction;
+        Some(Stop { lsn: behind.lsn, inclusive: false, read_to: behind.end, reached: anchor.end })
+    }
+
+    /// What was seen up to `end` must be kept.
+    const fn set_anchor(&mut self, end: Lsn) {
+        let Scanned { last_ends, ends_with_transaction, .. } = self.found;
+        self.anchor = Some(Anchor { end, last_ends, ends_with_transaction });
+        self.behind = None;
+    }
+
+    /// True if what a record did is kept though no later commit says so.
+    fn is_anchor(
+        &self,
+        record: &Record<'_>,
+        end: Option<&TransactionEnd<'_>>,
+        machinery: Option<&XlogRecord<'_>>,
+    ) -> bool {
+        let floor = if let Goal::Before { floor, .. } = self.goal { floor } else { Lsn::ZERO };
+        // An online checkpoint is none: `DROP DATABASE` asks for one between marking the database, for good, and its commit.
+        let is_mark = match machinery {
+            Some(XlogRecord::Checkpoint(checkpoint)) => checkpoint.shutdown,
+            Some(XlogRecord::ParameterChange(_) | XlogRecord::EndOfRecovery(_)) => true,
+            _ => false,
+        };
+        end.is_some_and(|end| end.committed) || is_mark || xact::is_prepare(record) || record.end <= floor
     }
 
     const fn more(&self) -> More {
@@ -159,7 +215,7 @@ impl Scan {
         let stops_here = match &self.goal {
             Goal::End => false,
             Goal::Time { at, exclusive } => index.ends.iter().any(|end| is_past(end.time, *at, *exclusive)),
-            Goal::Lsn(lsn) => index.last.is_some_and(|(_, end)| end > padded(*lsn)),
+            Goal::Lsn(lsn) | Goal::Before { lsn, .. } => index.last.is_some_and(|(_, end)| end > padded(*lsn)),
             Goal::Xid { xid, .. } => index.ends.iter().any(|end| end.includes(*xid)),
             Goal::Name(name) => index.restore_points.iter().any(|point| point.name == name.as_bytes()),
         };
@@ -188,6 +244,8 @@ impl Scan {
             for (_, new) in &index.parameters {
                 self.found.parameters = Some(greatest(&self.found.parameters.unwrap_or_default(), new));
             }
+            // What else may be in it that must be kept, the index does not tell.
+            self.set_anchor(end);
         }
         if let Goal::Name(name) = &self.goal {
             let places = index.restore_points.iter().filter(|point| point.name == name.as_bytes());
@@ -219,6 +277,7 @@ impl Scan {
         if let Some(new) = &summary.parameters {
             self.found.parameters = Some(greatest(&self.found.parameters.unwrap_or_default(), new));
         }
+        self.set_anchor(end);
     }
 
     /// What was found. `latest` and everything behind the stop know only what was seen.
@@ -234,7 +293,7 @@ impl Scan {
         match &self.goal {
             Goal::End | Goal::Name(_) | Goal::Xid { exclusive: false, .. } => false,
             Goal::Time { at, exclusive } => end.is_some_and(|end| is_past(end.time, *at, *exclusive)),
-            Goal::Lsn(lsn) => record.end > padded(*lsn),
+            Goal::Lsn(lsn) | Goal::Before { lsn, .. } => record.end > padded(*lsn),
             Goal::Xid { xid, exclusive: true } => end.is_some_and(|end| end.includes(*xid)),
         }
     }
@@ -251,6 +310,11 @@ impl Scan {
         if let Some(XlogRecord::ParameterChange(new)) = machinery {
             let old = self.found.parameters.unwrap_or_default();
             self.found.parameters = Some(greatest(&old, new));
+        }
+        if self.is_anchor(record, end, machinery) {
+            self.set_anchor(record.end);
+        } else if self.behind.is_none() {
+            self.behind = Some(Span { lsn: record.lsn, end: record.end });
         }
         self.see_name(record, machinery);
         self.met = match &self.goal {
@@ -434,6 +498,44 @@ mod tests {
         // Nothing lies behind the last one: the caller decides whether that is enough.
         let beyond = wal.scan(Goal::Lsn(last.end));
         assert_eq!((beyond.stop, beyond.everything.unwrap().reached, beyond.end), (None, last.end, Some(last.end)));
+    }
+
+    #[test]
+    fn before_a_place_recovery_stops_behind_the_last_record_that_must_be_kept() {
+        let before = |lsn| Goal::Before { lsn, floor: Lsn::ZERO };
+        let mut wal = Wal::new();
+        wal.commit(3, 100);
+        let kept = wal.commit(4, 200);
+        let row = wal.row();
+        wal.ends(0x20, 5, 250); // an abort: whatever it did, nothing of it is seen
+        let harm = wal.commit(6, 300);
+        let stop = Stop { lsn: row.lsn, inclusive: false, read_to: row.end, reached: kept.end };
+        let found = wal.scan(before(harm.lsn));
+        assert_eq!((found.stop, found.kept.unwrap().lsn, found.lost.unwrap().lsn), (Some(stop), kept.lsn, harm.lsn));
+        let ends = [Some(PgTime::from_micros(200)), Some(PgTime::from_micros(100))];
+        assert_eq!((found.last_ends, found.ends_with_transaction), (ends, true), "those before that stop");
+        // Nothing is consistent before this place.
+        let found = wal.scan(Goal::Before { lsn: harm.lsn, floor: row.end });
+        assert_eq!((found.stop.unwrap().reached, found.kept.unwrap().lsn), (row.end, kept.lsn));
+        // Directly behind a commit there is nothing to leave out.
+        let next = wal.commit(7, 400);
+        assert_eq!(wal.scan(before(next.lsn)).stop.unwrap().lsn, next.lsn);
+    }
+
+    #[test]
+    fn a_prepared_transaction_before_a_place_is_kept_and_a_mark_that_changes_nothing_is_not() {
+        let before = |lsn| Goal::Before { lsn, floor: Lsn::ZERO };
+        let mut wal = Wal::new();
+        wal.commit(3, 100);
+        wal.row();
+        let prepared = wal.ends(0x10, 4, 200);
+        wal.row();
+        let harm = wal.commit(5, 300);
+        assert_eq!(wal.scan(before(harm.lsn)).stop.unwrap().reached, prepared.end);
+        wal.row();
+        wal.point("nightly", 400);
+        let next = wal.commit(6, 500);
+        assert_eq!(wal.scan(before(next.lsn)).stop.unwrap().reached, harm.end);
     }
 
     #[test]

@@ -197,7 +197,9 @@ impl Search<'_> {
             }
             Goal::Xid { xid, .. } => number(cancellable(self.cancel, lookup.end_of(whole, *xid)).await??),
             // The last record that begins before it may end behind it.
-            Goal::Lsn(lsn) => SegmentNumber::new(size.segment_of(*lsn).get().saturating_sub(1)),
+            Goal::Lsn(lsn) | Goal::Before { lsn, .. } => {
+                SegmentNumber::new(size.segment_of(*lsn).get().saturating_sub(1))
+            }
             Goal::End => last,
             // All places of a name are looked for.
             Goal::Name(_) => return Ok(None),
@@ -223,7 +225,7 @@ impl Search<'_> {
         let is_whole = unindexed.is_empty() && sum.segments == landing.get() - at.get();
         let is_one_timeline = self.path.timeline_at(size.start_of(at)) == self.path.timeline_at(size.end_of(landing));
         let ends = sum.last.is_none_or(|(_, end)| match goal {
-            Goal::Lsn(lsn) => end <= scan::padded(*lsn),
+            Goal::Lsn(lsn) | Goal::Before { lsn, .. } => end <= scan::padded(*lsn),
             _ => end <= size.end_of(landing).min(to),
         });
         Ok((is_whole && is_one_timeline && ends).then_some((landing, sum)))

@@ -63,7 +63,7 @@ const IDLE_MAX: Duration = Duration::from_secs(60);
 const IN_FLIGHT_PATIENCE: Duration = Duration::from_secs(20);
 
 /// Keeps trying while the store is away: about ten minutes. Then recovery is stopped, and can be started again.
-const STORE_PATIENCE: RetryPolicy =
+pub(super) const STORE_PATIENCE: RetryPolicy =
     RetryPolicy { attempts_max: Some(60), pause_min: Duration::from_millis(500), pause_max: Duration::from_secs(10) };
 
 /// What came of a fetch.
@@ -181,7 +181,7 @@ async fn find_segment(
             Err(error) => return Err(error.into()),
         };
         if let Some(read) = &read {
-            prove(identity, name, read)?;
+            prove(identity, name, &read.bytes)?;
             if read.source == SegmentSource::Whole {
                 return Ok(Some(read.clone()));
             }
@@ -212,14 +212,14 @@ async fn later_segment(repo: &Repository, name: &SegmentName) -> Result<Option<S
 }
 
 /// The segment begins with the page header that only this segment of this cluster has.
-fn prove(identity: &ClusterIdentity, name: &SegmentName, read: &SegmentRead) -> Result<(), FetchError> {
+pub(super) fn prove(identity: &ClusterIdentity, name: &SegmentName, content: &[u8]) -> Result<(), FetchError> {
     let unusable = |problem: String| FetchError::Unusable { file: name.to_string(), problem };
-    if read.bytes.len() as u64 != name.size.bytes() {
-        return Err(unusable(format!("it has {} bytes", read.bytes.len())));
+    if content.len() as u64 != name.size.bytes() {
+        return Err(unusable(format!("it has {} bytes", content.len())));
     }
     let major = WalMajor::of_server(identity.server_version)
         .ok_or_else(|| unusable(format!("PostgreSQL {} is not supported", identity.server_version.major())))?;
-    PageHeader::read(&read.bytes, name.start(), major, name.size, Some(identity.system_id))
+    PageHeader::read(content, name.start(), major, name.size, Some(identity.system_id))
         .map_err(|error| unusable(error.to_string()))?;
     Ok(())
 }
@@ -391,7 +391,7 @@ async fn fill(repo: &Repository, cache: &Cache, identity: &ClusterIdentity, want
         }
         // Only what is whole: the end of the WAL may grow until the server asks for it.
         match repo.read_segment(&name).await {
-            Ok(read) if read.source == SegmentSource::Whole && prove(identity, &name, &read).is_ok() => {
+            Ok(read) if read.source == SegmentSource::Whole && prove(identity, &name, &read.bytes).is_ok() => {
                 cache.keep(&name, &read.bytes).is_ok()
             }
             _ => false,

@@ -68,6 +68,17 @@ pub fn render(status: &Status) -> Result<String, fmt::Error> {
         metrics.number("backup_last_bad_pages", "Pages with a wrong checksum in it", last.bad_pages as f64);
     }
     metrics.flag("backup_running", "A base backup is being taken", status.backups.running.is_some());
+    if let Some(proven) = &status.drills.proven {
+        metrics.time("drill_last_success_timestamp", "When a restore was last proved to work", proven.finished_at);
+        metrics.seconds("drill_last_success_duration", "What that took", proven.took_seconds);
+    }
+    if let Some(last) = &status.drills.last {
+        metrics.time("drill_last_timestamp", "When the last drill ended, whatever came of it", last.finished_at);
+        metrics.seconds("drill_last_duration", "What that took", last.took_seconds);
+        metrics.flag("drill_last_failed", "It proved nothing, or that something is wrong", last.problem.is_some());
+    }
+    metrics.count("drill_failures", "Drills of this agent that did not prove a restore", status.drills.failures_total);
+    metrics.flag("drill_running", "A restore is being proved", status.drills.running_since.is_some());
     metrics.flag("watching_sessions", "Samples are taken of who is at work in the server", status.who.watching);
     if status.who.watching {
         let open = status.who.open_transactions as f64;
@@ -92,6 +103,7 @@ pub fn render(status: &Status) -> Result<String, fmt::Error> {
     metrics.number("gaps", "Holes in the archived WAL that this agent found", status.gaps.len() as f64);
     metrics.number("attention", "Things that somebody should look at", status.attention().len() as f64);
     metrics.alarms(status);
+    metrics.databases(status);
     metrics.notifications(status);
 
     let mut text = String::new();
@@ -129,6 +141,21 @@ impl Metrics<'_> {
         let counter: Counter<u64, AtomicU64> = Counter::default();
         counter.inc_by(value);
         self.0.register(name, help, counter);
+    }
+
+    fn databases(&mut self, status: &Status) {
+        let (streaming, lag) = (Gauges::default(), Gauges::default());
+        for one in &status.databases {
+            let of_it = vec![("database".to_owned(), one.database.clone())];
+            streaming.get_or_create(&of_it).set(f64::from(u8::from(one.streaming)));
+            if let Some(seconds) = one.lag_seconds {
+                lag.get_or_create(&of_it).set(seconds);
+            }
+        }
+        let help = "Changes of this database are read, where several are";
+        self.0.register("database_streaming", help, streaming);
+        let help = "For how long its oldest change that is not archived has been waiting";
+        self.0.register_with_unit("database_lag_age", help, Unit::Seconds, lag);
     }
 
     fn alarms(&mut self, status: &Status) {
@@ -214,7 +241,14 @@ mod tests {
         // Every name that this file registers, whether a status has it or not.
         let code = include_str!("metrics.rs").split("#[cfg(test)]").next().unwrap_or_default();
         let calls = ["flag", "bytes", "seconds", "time", "number", "count"];
-        let families = ["alarm", "notifications_total", "notifications_pending", "notifications_oldest_seconds"];
+        let families = [
+            "alarm",
+            "database_streaming",
+            "database_lag_age_seconds",
+            "notifications_total",
+            "notifications_pending",
+            "notifications_oldest_seconds",
+        ];
         let mut names: Vec<_> = families.iter().map(|name| format!("walguard_{name}")).collect();
         for line in code.lines().map(str::trim) {
             let call = calls.iter().find_map(|call| Some((call, line.strip_prefix(&format!("metrics.{call}(\""))?)));

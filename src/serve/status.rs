@@ -8,6 +8,7 @@ use jiff::Timestamp;
 
 use crate::notify::queue::ChannelStatus;
 use crate::pg::{Lsn, Position, SegmentSize, ServerVersion, SystemId};
+use crate::repo::drills::Drill;
 
 /// What the agent told at one moment. Also what `GET /status` answers, as JSON.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -52,6 +53,8 @@ pub struct Status {
     pub scan: ScanStatus,
     /// Base backups.
     pub backups: Backups,
+    /// Proofs that a restore works.
+    pub drills: Drills,
     /// Who is at work in the server.
     pub who: WhoStatus,
     /// What protects the tables.
@@ -66,6 +69,28 @@ pub struct Status {
     pub gaps: Vec<GapSeen>,
     /// What somebody must look at, by name.
     pub alarms: BTreeMap<String, Alarm>,
+    /// Each database, where several are read by logical replication: then the places above are those where all of them are.
+    pub databases: Vec<DatabaseStatus>,
+}
+
+/// A database whose changes are read besides others.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
+pub struct DatabaseStatus {
+    /// Its name.
+    pub database: String,
+    /// True while its changes are read.
+    pub streaming: bool,
+    /// Everything before this is durable in the repository.
+    pub archived: Option<Position>,
+    /// For how long the oldest change that is not archived has been waiting, in seconds.
+    pub lag_seconds: Option<f64>,
+    /// Its newest base.
+    pub last_base: Option<LastBackup>,
+    /// What is wrong now with reading its changes.
+    pub trouble: Option<Trouble>,
+    /// What is wrong now with taking bases of it.
+    pub base_trouble: Option<Trouble>,
 }
 
 /// The server that is streamed from.
@@ -336,6 +361,61 @@ pub struct RunningBackup {
     pub bytes_total: Option<u64>,
 }
 
+/// Proofs that a restore works.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
+pub struct Drills {
+    /// This agent makes drills.
+    pub scheduled: bool,
+    /// Why it cannot, though it should.
+    pub impossible: Option<String>,
+    /// The last one, whoever made it.
+    pub last: Option<DrillSeen>,
+    /// The last one that proved that a restore works.
+    pub proven: Option<DrillSeen>,
+    /// Since when one is being made, by our clock.
+    pub running_since: Option<Timestamp>,
+    /// When the next one is due; `None` if none is scheduled.
+    pub next_at: Option<Timestamp>,
+    /// Drills of this agent that proved nothing, since it was started.
+    pub failures_total: u64,
+    /// What is wrong with looking at their records now.
+    pub trouble: Option<Trouble>,
+}
+
+/// A drill in short.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct DrillSeen {
+    /// When it began, by its machine's clock.
+    pub started_at: Timestamp,
+    /// When it ended.
+    pub finished_at: Timestamp,
+    /// How long it took, in seconds.
+    pub took_seconds: f64,
+    /// What was restored.
+    pub target: String,
+    /// `proven`, `wrong`, `failed`.
+    pub outcome: String,
+    /// Why it is no proof.
+    pub problem: Option<String>,
+    /// What the operator can do about that.
+    pub hint: Option<String>,
+}
+
+impl From<&Drill> for DrillSeen {
+    fn from(drill: &Drill) -> Self {
+        Self {
+            started_at: drill.started_at,
+            finished_at: drill.finished_at,
+            took_seconds: drill.took_seconds(),
+            target: drill.target.clone(),
+            outcome: drill.outcome.as_str().to_owned(),
+            problem: drill.problem(),
+            hint: drill.hint.clone(),
+        }
+    }
+}
+
 /// WAL that is missing from the archive for good.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct GapSeen {
@@ -393,6 +473,7 @@ impl Status {
             ("the repository", &self.store.trouble),
             ("the spool", &self.spool.trouble),
             ("base backups", &self.backups.trouble),
+            ("the records of drills", &self.drills.trouble),
             ("the records of what people were told", &self.notify.trouble),
         ];
         for (what, trouble) in troubles {
@@ -420,6 +501,62 @@ impl Status {
             found.push(format!("backup {} holds {} pages with a wrong checksum", last.label, last.bad_pages));
         }
         found
+    }
+}
+
+impl Status {
+    /// Adds what holds for databases that are read apart from each other: where all of them are, and what is wrong with any.
+    fn take_together(&mut self, parts: Vec<(String, Self)>) {
+        fn all<T: Ord + Copy>(parts: &[(String, Status)], what: impl Fn(&Status) -> Option<T>) -> Option<T> {
+            parts.iter().map(|(_, part)| what(part)).min().flatten() // of which one knows nothing, nothing is known
+        }
+        self.received = all(&parts, |part| part.received);
+        self.archived = all(&parts, |part| part.archived);
+        self.scan.position = all(&parts, |part| part.scan.position);
+        self.server.heard_at = all(&parts, |part| part.server.heard_at);
+        self.server.streaming = parts.iter().all(|(_, part)| part.server.streaming);
+        self.backups.next_at = parts.iter().filter_map(|(_, part)| part.backups.next_at).min();
+        self.lag_seconds = parts.iter().filter_map(|(_, part)| part.lag_seconds).reduce(f64::max);
+        for (database, part) in parts {
+            let of_it = |trouble: Option<Trouble>| {
+                trouble.map(|trouble| Trouble { error: format!("database {database}: {}", trouble.error), ..trouble })
+            };
+            let (trouble, base_trouble) = (of_it(part.server.trouble), of_it(part.backups.trouble));
+            self.server.flushed = self.server.flushed.max(part.server.flushed);
+            self.server.version = self.server.version.or(part.server.version);
+            self.server.connections += part.server.connections;
+            self.server.trouble = self.server.trouble.take().or_else(|| trouble.clone());
+            self.store.uploads += part.store.uploads;
+            self.store.objects_total += part.store.objects_total;
+            self.store.content_bytes_total += part.store.content_bytes_total;
+            self.store.stored_bytes_total += part.store.stored_bytes_total;
+            self.store.failures_total += part.store.failures_total;
+            self.store.trouble = self.store.trouble.take().or(part.store.trouble);
+            self.scan.open_transactions += part.scan.open_transactions;
+            self.scan.faults_total += part.scan.faults_total;
+            self.backups.trouble = self.backups.trouble.take().or_else(|| base_trouble.clone());
+            self.backups.running = self.backups.running.take().or(part.backups.running);
+            if self.backups.last.as_ref().map(|last| last.at) < part.backups.last.as_ref().map(|last| last.at) {
+                self.backups.last.clone_from(&part.backups.last);
+            }
+            self.gaps.extend(part.gaps);
+            for (name, alarm) in part.alarms {
+                let text = format!("database {database}: {}", alarm.text);
+                self.alarms.insert(format!("{name} {database}"), Alarm { text, ..alarm });
+            }
+            self.databases.push(DatabaseStatus {
+                database,
+                streaming: part.server.streaming,
+                archived: part.archived,
+                lag_seconds: part.lag_seconds,
+                last_base: part.backups.last,
+                trouble,
+                base_trouble,
+            });
+        }
+        if let (Some(flushed), Some(archived)) = (self.server.flushed, self.archived) {
+            self.lag_bytes = Some(flushed.lsn.saturating_sub(archived.lsn));
+        }
     }
 }
 
@@ -454,6 +591,8 @@ struct Inner {
     status: Status,
     /// When the server sent WAL up to a position that is not archived yet, oldest first.
     marks: VecDeque<(Position, Timestamp)>,
+    /// Boards of databases that are read apart from each other.
+    parts: Vec<(String, Board)>,
 }
 
 /// Marks kept: at ten a second and position, more than an hour; then every second one is dropped.
@@ -464,7 +603,14 @@ const MARK_APART: Duration = Duration::from_millis(100);
 impl Board {
     /// A board that says `status` to begin with.
     pub fn new(status: Status) -> Self {
-        Self { inner: Arc::new(Mutex::new(Inner { status, marks: VecDeque::new() })) }
+        Self { inner: Arc::new(Mutex::new(Inner { status, marks: VecDeque::new(), parts: Vec::new() })) }
+    }
+
+    /// A board for one database of several, of which this one says what holds for all.
+    pub fn part(&self, database: &str) -> Self {
+        let part = Self::default();
+        self.lock().parts.push((database.to_owned(), part.clone()));
+        part
     }
 
     /// Changes what it says.
@@ -523,6 +669,11 @@ impl Board {
         let inner = self.lock();
         let mut status = inner.status.clone();
         status.at = Some(now);
+        if !inner.parts.is_empty() {
+            let parts = inner.parts.iter().map(|(name, part)| (name.clone(), part.snapshot(now))).collect();
+            status.take_together(parts);
+            return status;
+        }
         if let (Some(flushed), Some(archived)) = (status.server.flushed, status.archived) {
             status.lag_bytes = Some(flushed.lsn.saturating_sub(archived.lsn));
         }
@@ -583,6 +734,35 @@ mod tests {
         assert_eq!(status.attention(), Vec::<String>::new());
         status.at = Some(second(161));
         assert!(status.attention().concat().contains("still away"));
+    }
+
+    #[test]
+    fn of_several_databases_it_says_where_all_are_and_what_is_wrong_with_any() {
+        let board = Board::default();
+        let (shop, crm) = (board.part("shop"), board.part("crm"));
+        for (part, lsn) in [(&shop, 300), (&crm, 100)] {
+            part.received(at(lsn + 50), second(i64::try_from(lsn).unwrap()));
+            part.update(|s| s.server.streaming = true);
+        }
+        shop.archived(at(350));
+        assert_eq!(board.snapshot(second(500)).archived, None, "nothing is known of one");
+        crm.archived(at(100));
+        crm.raise("gap", "changes are lost".to_owned(), None);
+        let trouble = Trouble::again(None, second(400), "no".to_owned(), None);
+        crm.update(|s| s.backups.trouble = Some(trouble));
+        board.update(|s| s.server.flushed = Some(at(400)));
+        let status = board.snapshot(second(500));
+        assert_eq!((status.archived, status.lag_bytes, status.lag_seconds), (Some(at(100)), Some(300), Some(400.0)));
+        assert!(status.server.streaming);
+        let attention = status.attention().concat();
+        assert!(
+            attention.contains("database crm: changes are lost") && attention.contains("database crm: no"),
+            "{attention}"
+        );
+        let lags: Vec<_> = status.databases.iter().map(|one| (one.database.as_str(), one.lag_seconds)).collect();
+        assert_eq!(lags, [("shop", Some(0.0)), ("crm", Some(400.0))]);
+        shop.update(|s| s.server.streaming = false);
+        assert!(!board.snapshot(second(500)).server.streaming);
     }
 
     #[test]

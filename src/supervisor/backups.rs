@@ -18,7 +18,7 @@ use crate::repo::retention::Keep;
 use crate::serve::status::{Board, LastBackup, RunningBackup, Trouble};
 
 /// After a backup that failed. A backup is expensive, and what made it fail often lasts.
-const RETRY: RetryPolicy =
+pub(super) const RETRY: RetryPolicy =
     RetryPolicy { attempts_max: None, pause_min: Duration::from_secs(5), pause_max: Duration::from_secs(15 * 60) };
 
 /// How long a new backup may wait for its WAL before old ones stay for its sake.
@@ -122,7 +122,7 @@ impl Backups {
         let conninfo =
             self.conninfo.clone().with_application_name(&format!("{}-backup", self.conninfo.application_name()));
         let connected = stop.run_until_cancelled(Walsender::connect(&conninfo)).await.ok_or(BackupError::Cancelled)?;
-        let progress = OnBoard { board: self.board.clone() };
+        let progress = OnBoard::new(self.board.clone());
         let request = Request::default();
         let taking = backup::run(&self.repo, connected?, &self.config, &request, &progress, stop);
         let taken = Box::pin(taking).await?;
@@ -186,7 +186,7 @@ async fn pause(duration: Duration, stop: &CancellationToken) {
 }
 
 /// Shows on the board how far a backup is.
-struct OnBoard {
+pub(super) struct OnBoard {
     board: Board,
 }
 
@@ -218,6 +218,10 @@ impl Progress for OnBoard {
 }
 
 impl OnBoard {
+    pub(super) const fn new(board: Board) -> Self {
+        Self { board }
+    }
+
     fn change(&self, change: impl FnOnce(&mut RunningBackup)) {
         self.board.update(|s| s.backups.running.as_mut().map_or((), change));
     }

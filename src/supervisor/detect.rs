@@ -4,11 +4,12 @@
 //! scan -> Watch: detector, who, row counts, conditions -> Keeper: repository, then whoever tells people
 //! ```
 //!
-//! An incident is in the repository before anybody is told. If the repository cannot be reached, people hear of it all the
-//! same, after two seconds; it is written as soon as that is possible.
+//! An incident is in the repository before anybody is told, unless that takes longer than people should wait: then they
+//! hear of it all the same, and it is written as soon as that is possible. Its id comes from the WAL, so that an agent that
+//! is killed between the two finds the same incident again, and its journal says that it was told.
 
-use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::pin::Pin;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -18,6 +19,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::drills::DRILL_ALARM;
 use super::rows::{self, Counted, RowsError};
 use super::scan::Observed;
 use crate::backoff::{Chain, RetryPolicy};
@@ -25,9 +27,10 @@ use crate::capture::ConnInfo;
 use crate::detect::detector::{Asked, Break, Condition, Detector, OpenWork};
 use crate::detect::silence::Silence;
 use crate::detect::{Config, DdlKind, Incident, RuleName, Severity, State, Who, WhoSource};
-use crate::guard::message::{self, Told};
+use crate::guard::message::GuardMessage;
+use crate::guard::testimony;
 use crate::guard::{Losses, Question, Sessions};
-use crate::pg::{Lsn, Oid, TimelineId, Xid};
+use crate::pg::{Lsn, Oid, Position, TimelineId, Xid};
 use crate::repo::{RepoError, Repository};
 use crate::serve::status::{Board, IncidentSeen};
 
@@ -43,8 +46,15 @@ const REMEMBER_EVERY: Duration = Duration::from_secs(600);
 /// Incidents of the repository that are looked at when the agent starts.
 const INCIDENTS_RESTORED: usize = 1_000;
 
-/// The repository is waited for so long before people are told.
-const WRITE_PATIENCE: Duration = Duration::from_secs(2);
+/// Writing to the repository may hold up an alarm so long, waiting for those before it included. A store answers a put of a
+/// few KiB within 100 ms; an alarm within half a second of the commit is the promise.
+const TELL_PATIENCE: Duration = Duration::from_millis(200);
+
+/// A repository that does not answer for so long is given up until the next try.
+const WRITE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Incidents of which the newest revision is remembered, so that the next one is written without a look.
+const REMEMBERED_MAX: usize = 64;
 
 /// The repository is waited for so long when it is read, and when the agent stops.
 const READ_PATIENCE: Duration = Duration::from_secs(2);
@@ -63,6 +73,8 @@ pub(super) struct Watch {
     pub(super) conninfo: ConnInfo,
     pub(super) sessions: Sessions,
     pub(super) board: Board,
+    /// Databases that are streamed apart from each other; 0 if it is the whole WAL that is.
+    pub(super) apart: usize,
     pub(super) observed: mpsc::Receiver<Observed>,
     pub(super) found: mpsc::Sender<Incident>,
     /// What the watch over SQL finds lost of what protects tables.
@@ -87,7 +99,10 @@ struct Work {
     timeline: TimelineId,
     /// How far the WAL was looked at.
     at: Lsn,
-    is_continuous: bool,
+    /// How far each database's changes were, where they are streamed apart.
+    at_each: HashMap<Oid, Position>,
+    /// What was seen from its beginning on: the WAL, or each database.
+    is_continuous: HashSet<Option<Oid>>,
     counting: Option<Counting>,
     looking: Option<JoinHandle<Answers>>,
     /// Size of the newest base backup.
@@ -159,6 +174,9 @@ impl Watch {
 
     async fn try_begin(&self) -> Result<Work, RepoError> {
         let mut detector = Detector::new(self.config.clone(), self.zone.clone(), self.timeline);
+        if self.apart > 1 {
+            detector.apart();
+        }
         if let Some(memory) = self.repo.newest_memory().await? {
             detector.remember(memory);
         }
@@ -177,7 +195,8 @@ impl Watch {
             detector,
             timeline: self.timeline,
             at: Lsn::ZERO,
-            is_continuous: false,
+            at_each: HashMap::new(),
+            is_continuous: HashSet::new(),
             counting: Some(self.count(None)),
             backup: newest.map(|backup| (backup.label, backup.stored_bytes)),
             loss: 0,
@@ -196,14 +215,15 @@ impl Watch {
         match observed {
             Observed::Ended { transaction, timeline } => {
                 self.follow(work, timeline);
-                if !std::mem::replace(&mut work.is_continuous, true) {
+                let of = if self.apart > 1 { transaction.database() } else { None };
+                if work.is_continuous.insert(of) {
                     work.detector.begins_at(transaction.begin);
                 }
                 work.at = work.at.max(transaction.end);
-                let told = by_guard(&transaction.messages);
-                let mut witness = |asked: &Asked| match &told {
-                    Some(told) if asked.xid == transaction.xid => told.clone(),
-                    _ => who(&sessions, asked),
+                let told = testimony::read(&transaction.messages);
+                let mut witness = |asked: &Asked| {
+                    let told = if asked.xid == transaction.xid { told.as_slice() } else { &[] };
+                    testimony::agree(told, who(&sessions, asked))
                 };
                 work.detector.transaction(&transaction, &mut witness, now);
             }
@@ -221,13 +241,17 @@ impl Watch {
                         lsn: work.at.max(open.begin),
                     })
                     .collect();
-                let told: HashMap<Xid, Who> =
-                    transactions.iter().filter_map(|open| Some((open.xid, by_guard(&open.messages)?))).collect();
+                let told: HashMap<Xid, Vec<GuardMessage>> =
+                    transactions.iter().map(|open| (open.xid, testimony::read(&open.messages))).collect();
                 let mut witness = |asked: &Asked| {
-                    let told = asked.xid.and_then(|xid| told.get(&xid)).cloned();
-                    told.unwrap_or_else(|| who(&sessions, asked))
+                    let told = asked.xid.and_then(|xid| told.get(&xid)).map(Vec::as_slice).unwrap_or_default();
+                    testimony::agree(told, who(&sessions, asked))
                 };
                 work.detector.open(&open, &mut witness, now);
+            }
+            Observed::Running { running, timeline } => {
+                self.follow(work, timeline);
+                work.detector.see_running(&running, now);
             }
             Observed::Tables(tables) => {
                 // A database that is new to us is counted as a whole.
@@ -239,16 +263,31 @@ impl Watch {
                     work.counting = Some(self.count(None));
                 }
             }
-            Observed::CaughtUp(position) => {
+            Observed::WentBack(fork) => {
+                self.follow(work, fork.timeline);
+                // It has the rows that it had then, and not those that were counted since.
+                work.detector.go_back(fork.lsn);
+                work.at = fork.lsn;
+                work.counting = Some(self.count(None));
+            }
+            Observed::CaughtUp { position, database } => {
                 self.follow(work, position.timeline);
                 work.at = work.at.max(position.lsn);
-                self.board.update(|s| s.detect.looked_to = Some(position));
+                let Some(database) = database.filter(|_| self.apart > 1) else {
+                    self.board.update(|s| s.detect.looked_to = Some(position));
+                    return;
+                };
+                work.at_each.insert(database, position);
+                // Where each of them was looked at.
+                let all = work.at_each.values().copied().min().filter(|_| work.at_each.len() == self.apart);
+                self.board.update(|s| s.detect.looked_to = all);
             }
         }
     }
 
     fn follow(&self, work: &mut Work, timeline: TimelineId) {
-        if timeline != work.timeline {
+        // Of databases that are streamed apart one may be on the old timeline still.
+        if timeline != work.timeline && !(self.apart > 1 && timeline < work.timeline) {
             tracing::info!(from = %work.timeline, to = %timeline, "incidents are looked for on another timeline");
             work.timeline = timeline;
             work.detector.follow(timeline);
@@ -373,6 +412,8 @@ impl Watch {
         say(RuleName::Slot, Severity::Critical, danger);
         let scan = status.alarms.get("scan").map(|alarm| alarm.text.clone());
         say(RuleName::UnreadableWal, Severity::Critical, scan);
+        let drill = status.alarms.get(DRILL_ALARM).map(|alarm| alarm.text.clone());
+        say(RuleName::Drill, Severity::Warning, drill);
         // A hole stays a hole.
         if let Some(gap) = status.gaps.last() {
             let text = format!("WAL from {} to {} is missing for good: {}", gap.from, gap.to, gap.reason);
@@ -431,7 +472,12 @@ impl Watch {
 
     /// Keeps what was learned so far.
     fn remember(&self, work: &Work) -> impl Future<Output = ()> + Send + use<> {
-        let (repo, timeline, at) = (self.repo.clone(), work.timeline, work.at);
+        let (repo, timeline) = (self.repo.clone(), work.timeline);
+        // Where databases are streamed apart, what lies before is in what was learned of each.
+        let at = match self.apart > 1 {
+            true => work.at_each.values().map(|at| at.lsn).min().unwrap_or(Lsn::ZERO),
+            false => work.at,
+        };
         let memory = (at != Lsn::ZERO).then(|| work.detector.memory(at));
         async move {
             let Some(memory) = memory else { return };
@@ -487,16 +533,6 @@ fn raise_unseen(board: &Board) {
     }
 }
 
-/// Whom the guard names: of several statements that with the most rows.
-fn by_guard(messages: &[Arc<[u8]>]) -> Option<Who> {
-    let told = messages.iter().filter_map(|content| message::read(message::PREFIX, content));
-    let rows = |told: &message::GuardMessage| match &told.what {
-        Told::Rows { rows, .. } => rows.unwrap_or_default(),
-        Told::Definitions { .. } => 0,
-    };
-    told.max_by_key(rows).map(|told| told.who)
-}
-
 /// Writes incidents down, and passes them on.
 #[derive(Debug)]
 pub(super) struct Keeper {
@@ -511,79 +547,65 @@ pub(super) struct Keeper {
 
 impl Keeper {
     pub(super) async fn run(mut self, stop: CancellationToken) -> anyhow::Result<()> {
-        let mut unwritten: BTreeMap<(Lsn, String), Incident> = BTreeMap::new();
-        let mut told_early: HashMap<String, Incident> = HashMap::new();
-        let mut failures = 0;
+        let mut desk = Desk::default();
+        let mut put: Option<Put> = None;
+        let (mut failures, mut try_at) = (0, Instant::now());
         loop {
-            let pause = if unwritten.is_empty() { Duration::MAX } else { RetryPolicy::FOREVER.pause(failures.max(1)) };
+            if put.is_none() && try_at <= Instant::now() {
+                put = desk.next().map(|(incident, newest)| Box::pin(write(self.repo.clone(), incident, newest)) as Put);
+            }
+            let mut wake_at = desk.patience_ends_at().unwrap_or_else(|| Instant::now() + LOOK_EVERY);
+            if put.is_none() && !desk.waiting.is_empty() {
+                wake_at = wake_at.min(try_at);
+            }
             tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
+                written = ended(&mut put) => {
+                    put = None;
+                    match written {
+                        Ok(incident) => {
+                            failures = 0;
+                            let is_told = desk.wrote(&incident);
+                            self.board.update(|s| s.detect.incidents_total += u64::from(incident.revision == 1));
+                            self.tell(incident, is_told).await;
+                        }
+                        Err(problem) => {
+                            failures += 1;
+                            try_at = Instant::now() + RetryPolicy::FOREVER.pause(failures);
+                            let id = desk.failed();
+                            if failures.is_power_of_two() {
+                                tracing::warn!(failures, incident = id, "failed to write an incident, will try again: {problem}");
+                            }
+                        }
+                    }
+                }
                 found = self.found.recv() => match found {
-                    Some(incident) => wait_for_turn(&mut unwritten, incident),
+                    Some(incident) => desk.take(incident),
                     None => break,
                 },
-                () = tokio::time::sleep(pause.min(Duration::from_secs(3_600))) => {}
+                () = tokio::time::sleep_until(wake_at) => {}
             }
-            while let Ok(incident) = self.found.try_recv() {
-                wait_for_turn(&mut unwritten, incident);
+            for incident in desk.patience_ended(Instant::now()) {
+                self.tell(incident, false).await;
             }
-            // In the order in which they were found: what the last one has seen, those before it have, too.
-            while let Some(((lsn, id), incident)) = unwritten.pop_first() {
-                let put = tokio::time::timeout(WRITE_PATIENCE, self.repo.put_incident(&incident));
-                let problem = match put.await {
-                    Ok(Ok(written)) => {
-                        failures = 0;
-                        told_early.remove(&id);
-                        self.tell(written).await;
-                        continue;
-                    }
-                    Ok(Err(error)) => Chain(&error).to_string(),
-                    Err(_) => format!("the repository did not answer for {} s", WRITE_PATIENCE.as_secs()),
-                };
-                failures += 1;
-                if failures.is_power_of_two() {
-                    tracing::warn!(failures, incident = id, "failed to write an incident, will try again: {problem}");
-                }
-                if told_early.get(&id) != Some(&incident) {
-                    if told_early.len() < UNWRITTEN_MAX {
-                        told_early.insert(id.clone(), incident.clone());
-                    }
-                    self.tell(incident.clone()).await;
-                }
-                unwritten.insert((lsn, id), incident);
-                for waiting in unwritten.values() {
-                    if !told_early.contains_key(&waiting.id) && told_early.len() < UNWRITTEN_MAX {
-                        told_early.insert(waiting.id.clone(), waiting.clone());
-                        self.tell(waiting.clone()).await;
-                    }
-                }
-                break;
-            }
-            let waiting = unwritten.len() as u64;
+            let waiting = desk.len() as u64;
             self.board.update(|s| s.detect.unwritten = waiting);
         }
         Ok(())
     }
 
-    async fn tell(&self, incident: Incident) {
+    /// Passes an incident on. `again`: it was told as it is, and only its revision is new.
+    async fn tell(&self, incident: Incident, again: bool) {
         let seen = seen(&incident);
-        let at = (seen.severity.clone(), seen.title.clone());
-        tracing::warn!(
-            incident = incident.id,
-            revision = incident.revision,
-            severity = at.0,
-            state = seen.state,
-            "{}",
-            at.1
-        );
-        let is_new = incident.revision == 1;
-        self.board.update(|s| {
-            s.detect.see(seen);
-            s.detect.incidents_total += u64::from(is_new);
-        });
+        if !again {
+            let (severity, state, title) = (&seen.severity, &seen.state, &seen.title);
+            tracing::warn!(incident = incident.id, revision = incident.revision, severity, state, "{title}");
+        }
+        self.board.update(|s| s.detect.see(seen));
         raise_unseen(&self.board);
-        if let Some(evidence) = &self.evidence
+        if !again
+            && let Some(evidence) = &self.evidence
             && evidence.try_send(incident.clone()).is_err()
         {
             tracing::warn!(incident = incident.id, "rows are not saved: too many incidents wait for that");
@@ -592,24 +614,182 @@ impl Keeper {
     }
 }
 
-/// A newer state of an incident takes the place of the one that waits.
-fn wait_for_turn(unwritten: &mut BTreeMap<(Lsn, String), Incident>, incident: Incident) {
-    let waiting = unwritten.keys().find(|(_, id)| *id == incident.id).cloned();
-    match waiting {
-        // It keeps its turn.
-        Some(turn) => {
-            unwritten.insert(turn, incident);
+/// A put under way: what is there now, or the problem.
+type Put = Pin<Box<dyn Future<Output = Result<Incident, String>> + Send>>;
+
+async fn write(repo: Repository, incident: Incident, newest: Newest) -> Result<Incident, String> {
+    let put = async {
+        match newest {
+            Newest::Known(newest) => repo.put_incident_after(newest.map(|newest| *newest), &incident).await,
+            Newest::Unknown => repo.put_incident(&incident).await,
         }
-        None if unwritten.len() < UNWRITTEN_MAX => {
-            unwritten.insert((incident.seen_to, incident.id.clone()), incident);
+    };
+    match tokio::time::timeout(WRITE_PATIENCE, put).await {
+        Ok(written) => written.map_err(|error| Chain(&error).to_string()),
+        Err(_) => Err(format!("the repository did not answer for {} s", WRITE_PATIENCE.as_secs())),
+    }
+}
+
+/// What a put gives; if none is under way, nothing ever.
+async fn ended(put: &mut Option<Put>) -> Result<Incident, String> {
+    match put {
+        Some(put) => put.await,
+        None => std::future::pending().await,
+    }
+}
+
+/// What is known of an incident's newest revision in the repository.
+#[derive(Debug)]
+enum Newest {
+    /// `None`: there is none.
+    Known(Option<Box<Incident>>),
+    Unknown,
+}
+
+/// Incidents on their way into the repository, one after the other in the order of what they have seen: a restart takes
+/// whatever lies before the last one for judged.
+#[derive(Debug, Default)]
+struct Desk {
+    waiting: BTreeMap<Turn, Waiting>,
+    writing: Option<(Turn, Waiting)>,
+    /// The newest revisions, as far as this agent wrote them.
+    newest: BTreeMap<String, Incident>,
+}
+
+/// What an incident had seen when it began to wait, and its id.
+type Turn = (Lsn, String);
+
+#[derive(Clone, Debug)]
+struct Waiting {
+    incident: Incident,
+    since: Instant,
+    /// People heard of it as it is here.
+    is_told: bool,
+}
+
+impl Desk {
+    fn len(&self) -> usize {
+        self.waiting.len() + usize::from(self.writing.is_some())
+    }
+
+    /// A newer state of an incident takes the place of the one that waits, and keeps its turn.
+    fn take(&mut self, incident: Incident) {
+        let turn = self.waiting.keys().find(|(_, id)| *id == incident.id).cloned();
+        let turn = turn.unwrap_or_else(|| (incident.seen_to, incident.id.clone()));
+        let before = self.waiting.get(&turn);
+        if before.is_none() && self.waiting.len() >= UNWRITTEN_MAX {
+            tracing::error!(incident = incident.id, "too many incidents wait to be written: this one is left out");
+            return;
         }
-        None => tracing::error!(incident = incident.id, "too many incidents wait to be written: this one is left out"),
+        let since = before.filter(|before| !before.is_told).map_or_else(Instant::now, |before| before.since);
+        self.waiting.insert(turn, Waiting { incident, since, is_told: false });
+    }
+
+    /// The one whose turn it is, to be written now.
+    fn next(&mut self) -> Option<(Incident, Newest)> {
+        let (turn, waiting) = self.waiting.pop_first()?;
+        let incident = waiting.incident.clone();
+        self.writing = Some((turn, waiting));
+        let newest = match self.newest.get(&incident.id) {
+            Some(newest) => Newest::Known(Some(Box::new(newest.clone()))),
+            // Should there be one all the same, its first revision is in the way, and is found.
+            None if incident.revision <= 1 => Newest::Known(None),
+            None => Newest::Unknown,
+        };
+        Some((incident, newest))
+    }
+
+    /// The one whose turn it was is written; true if people had heard of it as it was.
+    fn wrote(&mut self, incident: &Incident) -> bool {
+        self.newest.insert(incident.id.clone(), incident.clone());
+        while self.newest.len() > REMEMBERED_MAX {
+            self.newest.pop_first(); // the oldest: ids are in WAL order
+        }
+        self.writing.take().is_some_and(|(_, written)| written.is_told)
+    }
+
+    /// The one whose turn it was is not written, and has its turn again, with what was found of it meanwhile. Gives its id.
+    fn failed(&mut self) -> String {
+        let Some((turn, waiting)) = self.writing.take() else { return String::new() };
+        let id = waiting.incident.id.clone();
+        self.newest.remove(&id);
+        let newer = self.waiting.keys().find(|(_, other)| *other == id).cloned();
+        let waiting = newer.and_then(|newer| self.waiting.remove(&newer)).unwrap_or(waiting);
+        self.waiting.insert(turn, waiting);
+        id
+    }
+
+    fn untold(&mut self) -> impl Iterator<Item = &mut Waiting> {
+        let writing = self.writing.as_mut().map(|(_, waiting)| waiting);
+        writing.into_iter().chain(self.waiting.values_mut()).filter(|waiting| !waiting.is_told)
+    }
+
+    /// When the first of those that nobody heard of has waited long enough.
+    fn patience_ends_at(&mut self) -> Option<Instant> {
+        self.untold().map(|waiting| waiting.since + TELL_PATIENCE).min()
+    }
+
+    /// Those that people are to hear of now.
+    fn patience_ended(&mut self, now: Instant) -> Vec<Incident> {
+        let ended = self.untold().filter(|waiting| waiting.since + TELL_PATIENCE <= now);
+        ended
+            .map(|waiting| {
+                waiting.is_told = true;
+                waiting.incident.clone()
+            })
+            .collect()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn incident(lsn: u64, title: &str) -> Incident {
+        let id = crate::detect::incident::incident_id(TimelineId::FIRST, Lsn::new(lsn));
+        let incident = Incident::new(id, TimelineId::FIRST, Timestamp::UNIX_EPOCH);
+        Incident { seen_to: Lsn::new(lsn), title: title.to_owned(), ..incident }
+    }
+
+    fn titles(incidents: Vec<Incident>) -> Vec<String> {
+        incidents.into_iter().map(|incident| incident.title).collect()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn people_hear_of_an_incident_that_cannot_be_written_once_for_each_state() {
+        let mut desk = Desk::default();
+        desk.take(incident(7, "first"));
+        assert!(matches!(desk.next(), Some((_, Newest::Known(None)))));
+        assert_eq!(titles(desk.patience_ended(Instant::now())), Vec::<String>::new());
+        desk.take(incident(9, "second"));
+        tokio::time::advance(TELL_PATIENCE).await;
+        assert_eq!(titles(desk.patience_ended(Instant::now())), ["first", "second"]);
+        assert_eq!(desk.failed(), incident(7, "").id);
+        desk.take(incident(7, "first, and more"));
+        assert_eq!((desk.len(), titles(desk.patience_ended(Instant::now()))), (2, Vec::new()));
+        tokio::time::advance(TELL_PATIENCE).await;
+        assert_eq!(titles(desk.patience_ended(Instant::now())), ["first, and more"]);
+        assert_eq!(desk.patience_ends_at(), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn incidents_are_written_in_the_order_of_what_they_have_seen_whatever_fails_meanwhile() {
+        let mut desk = Desk::default();
+        desk.take(incident(9, "later"));
+        desk.take(incident(7, "first"));
+        assert_eq!(desk.next().unwrap().0.title, "first");
+        desk.take(Incident { seen_to: Lsn::new(20), ..incident(7, "first, and more") });
+        desk.failed();
+        let (written, newest) = desk.next().unwrap();
+        assert_eq!((written.title.as_str(), desk.len()), ("first, and more", 2));
+        assert!(matches!(newest, Newest::Known(None)));
+        assert!(!desk.wrote(&written));
+        desk.take(Incident { seen_to: Lsn::new(30), ..incident(7, "first, and still more") });
+        assert_eq!(desk.next().unwrap().0.title, "later");
+        desk.wrote(&incident(9, "later"));
+        let newest = desk.next().unwrap().1;
+        assert!(matches!(newest, Newest::Known(Some(known)) if known.title == "first, and more"));
+    }
 
     #[test]
     fn a_backup_of_half_the_size_has_lost_something() {

@@ -7,6 +7,8 @@
 //! detect    understanding -> incidents; keeper: incidents -> repository, then whoever tells people
 //! derived   indexes -> repository   beside the WAL, once that is archived
 //! backups   server -> repository    when there is none, when WAL was lost, on schedule
+//! drills    repository -> scratch   proves on schedule that a restore works, as a process of its own
+//! logical   server -> repository    in place of the first three where WAL is not to be had: changes by logical replication
 //! lease     one agent per cluster   renews; a lease that is lost ends the agent
 //! breaker   SQL                     ends sessions where a rule asks for it, and writes down what came of it
 //! evidence  SQL -> repository       saves the rows that an incident took away
@@ -33,6 +35,7 @@
 //! | between a segment's put and the deletion of its tails | obsolete tails | finds them beside the segment and deletes them |
 //! | between tails | tails without a hole up to the archived position | goes on with the next tail |
 //! | during a base backup | parts without a manifest, which are no backup | takes another one; `expire` removes the parts |
+//! | during a drill | a scratch directory, perhaps with a server in it | the next drill there ends the server and removes the directory |
 //! | with the spool lost, on a new machine | nothing local | finds the archived position in the repository and streams from there |
 //! | with a spool that is older than the archive | segments that are archived | removes them |
 //! | with the slot dropped | WAL that the server may have removed | makes the slot anew; if WAL is gone: gap object, alarm, new base backup |
@@ -44,9 +47,11 @@ pub mod breaker;
 mod capture;
 mod derived;
 mod detect;
+mod drills;
 pub mod evidence;
 pub mod flashback;
 mod lease;
+mod logical;
 mod loops;
 pub mod names;
 pub mod notify;
@@ -76,8 +81,8 @@ use crate::decode;
 use crate::decode::WalMajor;
 use crate::detect::Incident;
 use crate::guard;
-use crate::notify::{OpenError, Setting};
-use crate::pg::{Lsn, TimelineHistory, TimelineId};
+use crate::notify::{OpenError, Reach, Setting};
+use crate::pg::{Lsn, Position, TimelineHistory, TimelineId};
 use crate::repo::Created;
 use crate::repo::Repository;
 use crate::repo::archiver::{self, Archiver, Channels, Report};
@@ -85,6 +90,7 @@ use crate::repo::cluster::ClusterIdentity;
 use crate::repo::lease::{Claim, Lease, LeaseError};
 use crate::serve::http;
 use crate::serve::status::{Board, Status, Trouble};
+use crate::settings;
 use crate::settings::Settings;
 use loops::Loops;
 use source::{Source, SourceError};
@@ -112,10 +118,14 @@ pub struct Agent {
     pub repo: Repository,
     /// The zone of `backup.at`, and of the times in messages.
     pub zone: TimeZone,
-    /// The settings file, for the commands in messages.
+    /// The settings file, for the agent's own child processes.
     pub config: Option<PathBuf>,
+    /// Flags by which another call of this program reaches the same repository, for the commands in messages.
+    pub flags: Vec<String>,
     /// Take base backups on schedule, and when WAL was lost.
     pub backups: bool,
+    /// Where `pg_dump` is, for the bases of a logical source; by default where it usually is.
+    pub pg_bin_dir: Option<PathBuf>,
 }
 
 /// Where an agent begins, found out before its loops run.
@@ -129,6 +139,24 @@ struct Beginning {
     path: TimelineHistory,
     claim: Claim,
     lease: Lease,
+}
+
+/// The same of an agent that reads changes.
+#[derive(Debug)]
+/// What was seen of transactions, and where that begins.
+struct Seen {
+    observed: tokio::sync::mpsc::Receiver<scan::Observed>,
+    timeline: TimelineId,
+    /// Databases that are streamed apart from each other; 0 if it is the whole WAL that is.
+    apart: usize,
+}
+
+struct LogicalBeginning {
+    origin: logical::Origin,
+    claim: Claim,
+    lease: Lease,
+    /// Held: two agents on one machine must not have one name.
+    _spool: Spool,
 }
 
 impl Agent {
@@ -158,7 +186,10 @@ impl Agent {
         let mut loops = Loops::new(stop.clone());
         let window = board.clone();
         loops.start("http", |stop| async move { Ok(http::serve(listener, window, stop).await?) });
-        let Some(begun) = stop.run_until_cancelled(self.begin(&board)).await else { return Ok(()) };
+        if settings.source == settings::Source::Logical {
+            return self.run_logical(board, notifier, loops, stop).await;
+        }
+        let Some(begun) = stop.run_until_cancelled(self.begin(&board, Self::try_begin)).await else { return Ok(()) };
         let Beginning { identity, start, spool, source, path, claim, lease } = begun?;
 
         let archived = tokio::sync::watch::Sender::new(start.archived);
@@ -196,19 +227,10 @@ impl Agent {
         let sessions = guard::Sessions::new();
         let losses = guard::Losses::default();
         let timeline = path.timeline();
-        let flashback = flashback::Flashback::new(
-            self.beside("flashback"),
-            settings.flashback.clone(),
-            self.repo.clone(),
-            board.clone(),
-        );
-        if settings.flashback.evidence {
-            let holding = flashback.clone();
-            loops.start("flashback", |stop| holding.run(stop));
-        }
         let (incidents, told) = tokio::sync::mpsc::channel(notify::INCIDENTS_WAITING_MAX);
         if let Some(major) = WalMajor::of_server(identity.server_version) {
             let (derived, derive) = tokio::sync::mpsc::channel(DERIVED_MAX);
+            let missed = derived::Missed::default();
             let (observed, observe) = tokio::sync::mpsc::channel(OBSERVED_MAX);
             let scan = scan::Scan {
                 repo: self.repo.clone(),
@@ -226,6 +248,7 @@ impl Agent {
                 path,
                 archived: archived_for_scan,
                 derived,
+                missed: missed.clone(),
                 observed,
             };
             loops.start("scan", |stop| scan.run(stop));
@@ -235,46 +258,15 @@ impl Agent {
                 board: board.clone(),
                 archived: archived_for_derived,
                 derived: derive,
+                missed,
             };
             loops.start("derived", |stop| deriving.run(stop));
-            let evidence = settings.flashback.evidence.then(|| {
-                let (saved, incidents) = tokio::sync::mpsc::channel(INCIDENTS_MAX);
-                let saving = evidence::Saving { flashback, repo: self.repo.clone(), incidents };
-                loops.start("evidence", |stop| saving.run(stop));
-                saved
-            });
-            let known = (timeline, sessions.clone(), losses.clone());
-            self.start_detection(&mut loops, &board, observe, known, (incidents, evidence));
+            let evidence = self.start_evidence(&mut loops, &board);
+            let seen = Seen { observed: observe, timeline, apart: 0 };
+            self.start_detection(&mut loops, &board, seen, (sessions.clone(), losses.clone()), (incidents, evidence));
         }
 
-        let watching = watch::Watch {
-            conninfo: self.beside("watch"),
-            stream_name: self.conninfo.application_name().to_owned(),
-            slot: settings.postgres.slot.clone(),
-            board: board.clone(),
-            synchronous,
-        };
-        loops.start("watch", |stop| watching.run(stop));
-
-        if settings.who.enabled {
-            let watcher = sessions::Watcher {
-                conninfo: self.beside("who"),
-                config: settings.who.clone(),
-                sessions: sessions.clone(),
-                board: board.clone(),
-            };
-            loops.start("sessions", |stop| watcher.run(stop));
-        }
-        if settings.protection.enabled {
-            let watcher = protection::Watcher {
-                conninfo: self.beside("protection"),
-                interval: settings.protection.interval,
-                guard: settings.guard.clone(),
-                losses: losses.clone(),
-                board: board.clone(),
-            };
-            loops.start("protection", |stop| watcher.run(stop));
-        }
+        self.start_watches(&mut loops, &board, synchronous, (sessions, losses));
 
         if self.backups {
             let backups = backups::Backups {
@@ -292,6 +284,16 @@ impl Agent {
             };
             loops.start("backups", |stop| backups.run(stop));
         }
+        let drills = drills::Drills {
+            repo: self.repo.clone(),
+            config: settings.drill.clone(),
+            zone: self.zone.clone(),
+            settings: self.config.clone(),
+            repository: settings.repository.url.clone(),
+            cluster: settings.cluster.clone(),
+            board: board.clone(),
+        };
+        loops.start("drills", |stop| drills.run(stop));
         loops.start("notify", |stop| notifier.run(told, stop));
 
         let (repo, held, proved) = (self.repo.clone(), lease.clone(), board.clone());
@@ -303,13 +305,114 @@ impl Agent {
         result
     }
 
+    /// Runs with the changes of one database, by logical replication, in place of the cluster's WAL.
+    async fn run_logical(
+        &self,
+        board: Board,
+        notifier: Notifier,
+        mut loops: Loops,
+        stop: CancellationToken,
+    ) -> anyhow::Result<()> {
+        let settings = &self.settings;
+        let Some(begun) = stop.run_until_cancelled(self.begin(&board, Self::try_begin_logical)).await else {
+            return Ok(());
+        };
+        let LogicalBeginning { origin, claim, lease, _spool } = begun?;
+        let (sessions, losses) = (guard::Sessions::new(), guard::Losses::default());
+        let (observed, observe) = tokio::sync::mpsc::channel(OBSERVED_MAX);
+        let (incidents, told) = tokio::sync::mpsc::channel(notify::INCIDENTS_WAITING_MAX);
+        let timeline = origin.at.timeline;
+        let others: Vec<_> = settings.logical.databases.iter().filter(|name| **name != origin.database_name).collect();
+        let mut first = self.database(board.clone(), observed);
+        if !others.is_empty() {
+            first.board = board.part(&origin.database_name);
+        }
+        for name in &others {
+            let mut other = first.clone();
+            other.conninfo = other.conninfo.with_dbname(name);
+            other.board = board.part(name);
+            loops.start("database", |stop| other.run(stop));
+        }
+        first.start(&mut loops, origin);
+        let evidence = self.start_evidence(&mut loops, &board);
+        let seen = Seen { observed: observe, timeline, apart: 1 + others.len() };
+        self.start_detection(&mut loops, &board, seen, (sessions.clone(), losses.clone()), (incidents, evidence));
+        let synchronous = tokio::sync::watch::Sender::new(false);
+        self.start_watches(&mut loops, &board, synchronous, (sessions, losses));
+        loops.start("notify", |stop| notifier.run(told, stop));
+        let (repo, held, proved) = (self.repo.clone(), lease.clone(), board.clone());
+        loops.start("lease", |stop| lease::run(repo, claim, held, proved, stop));
+
+        let result = loops.run().await;
+        lease::release(&self.repo, &lease, &board).await;
+        tracing::info!(kept = board.snapshot(Timestamp::now()).archived.map(|a| a.to_string()), "agent stopped");
+        result
+    }
+
+    /// Starts the loops that hold snapshots and save rows, if they are wanted; gives where incidents go then.
+    fn start_evidence(&self, loops: &mut Loops, board: &Board) -> Option<Incidents> {
+        if !self.settings.flashback.evidence {
+            return None;
+        }
+        let flashback = flashback::Flashback::new(
+            self.beside("flashback"),
+            self.settings.flashback.clone(),
+            self.repo.clone(),
+            board.clone(),
+        );
+        let holding = flashback.clone();
+        loops.start("flashback", |stop| holding.run(stop));
+        let (saved, incidents) = tokio::sync::mpsc::channel(INCIDENTS_MAX);
+        let saving = evidence::Saving { flashback, repo: self.repo.clone(), incidents };
+        loops.start("evidence", |stop| saving.run(stop));
+        Some(saved)
+    }
+
+    /// Starts the loops that look over SQL at what only SQL tells.
+    fn start_watches(
+        &self,
+        loops: &mut Loops,
+        board: &Board,
+        synchronous: tokio::sync::watch::Sender<bool>,
+        (sessions, losses): (guard::Sessions, guard::Losses),
+    ) {
+        let settings = &self.settings;
+        let watching = watch::Watch {
+            conninfo: self.beside("watch"),
+            stream_name: self.conninfo.application_name().to_owned(),
+            slot: settings.postgres.slot.clone(),
+            board: board.clone(),
+            synchronous,
+        };
+        loops.start("watch", |stop| watching.run(stop));
+        if settings.who.enabled {
+            let watcher = sessions::Watcher {
+                conninfo: self.beside("who"),
+                config: settings.who.clone(),
+                sessions,
+                board: board.clone(),
+            };
+            loops.start("sessions", |stop| watcher.run(stop));
+        }
+        if settings.protection.enabled {
+            let watcher = protection::Watcher {
+                conninfo: self.beside("protection"),
+                interval: settings.protection.interval,
+                guard: settings.guard.clone(),
+                losses,
+                board: board.clone(),
+            };
+            loops.start("protection", |stop| watcher.run(stop));
+        }
+    }
+
     /// Starts the loops that make incidents of what the WAL tells.
     fn start_detection(
         &self,
         loops: &mut Loops,
         board: &Board,
-        mut observed: tokio::sync::mpsc::Receiver<scan::Observed>,
-        (timeline, sessions, losses): (TimelineId, guard::Sessions, guard::Losses),
+        Seen { mut observed, timeline, apart }: Seen,
+        (sessions, losses): (guard::Sessions, guard::Losses),
         (told, evidence): (Incidents, Option<Incidents>),
     ) {
         if !self.settings.detect.enabled {
@@ -330,6 +433,7 @@ impl Agent {
             conninfo: self.beside("rows"),
             sessions: sessions.clone(),
             board: board.clone(),
+            apart,
             observed,
             found,
             losses,
@@ -343,6 +447,30 @@ impl Agent {
         loops.start("incidents", |stop| keeper.run(stop));
     }
 
+    /// What the loops of a database work with that is read by logical replication: the one that the connection string names.
+    fn database(&self, board: Board, observed: tokio::sync::mpsc::Sender<scan::Observed>) -> logical::Database {
+        let settings = &self.settings;
+        let schedule = schedule::Schedule {
+            every: settings.backup.interval.filter(|interval| !interval.is_zero()),
+            at: settings.backup.at,
+            zone: self.zone.clone(),
+        };
+        logical::Database {
+            conninfo: self.conninfo.clone(),
+            slot: settings.postgres.slot.clone(),
+            config: settings.logical.clone(),
+            repo: self.repo.clone(),
+            interval: settings.archive.tail_interval,
+            level: settings.archive.compression_level,
+            bases: self.backups.then_some(schedule),
+            keep: settings.retention,
+            bin_dir: self.pg_bin_dir.clone(),
+            dir: settings.spool.dir.join(&settings.cluster),
+            board,
+            observed,
+        }
+    }
+
     /// How a connection beside the stream is made, under a name of its own.
     fn beside(&self, purpose: &str) -> ConnInfo {
         self.conninfo.clone().with_application_name(&format!("{}-{purpose}", self.conninfo.application_name()))
@@ -352,7 +480,11 @@ impl Agent {
     fn notifier(&self, board: &Board) -> Result<Notifier, OpenError> {
         let setting = Setting {
             cluster: self.settings.cluster.clone(),
-            config: self.config.as_ref().map(|path| std::path::absolute(path).unwrap_or_else(|_| path.clone())),
+            reach: Reach {
+                flags: self.flags.clone(),
+                restore_dir: self.settings.restore.target_dir.clone(),
+                is_logical: self.settings.source == settings::Source::Logical,
+            },
             zone: self.zone.clone(),
         };
         let spool = self.settings.spool.dir.join(&self.settings.cluster);
@@ -361,11 +493,14 @@ impl Agent {
 
     /// Finds out who the server is, whose the repository is, and where the archive stands. Waits for both as long as it
     /// takes; what will not pass is an error, so that a mistake in the settings shows at once.
-    async fn begin(&self, board: &Board) -> anyhow::Result<Beginning> {
-        let source = Source::new(self.conninfo.clone(), self.settings.postgres.slot.clone(), self.repo.clone());
+    async fn begin<T>(
+        &self,
+        board: &Board,
+        try_begin: impl AsyncFn(&Self, &Board) -> Result<T, SourceError>,
+    ) -> anyhow::Result<T> {
         let mut failures = 0;
         loop {
-            let error = match self.try_begin(source.clone(), board).await {
+            let error = match try_begin(self, board).await {
                 Ok(beginning) => {
                     board.clear("lease");
                     board.update(|s| {
@@ -399,9 +534,24 @@ impl Agent {
         }
     }
 
-    async fn try_begin(&self, mut source: Source, board: &Board) -> Result<Beginning, SourceError> {
-        let source::Connected { mut walsender, identity, at } = source.connect().await?;
-        if self.repo.initialize(&identity).await? == Created::New {
+    async fn try_begin_logical(&self, board: &Board) -> Result<LogicalBeginning, SourceError> {
+        let origin = logical::origin(&self.conninfo).await?;
+        self.try_begin_repository(board, &origin.identity, origin.at).await?;
+        // It holds our name, and nothing else.
+        let spool = Spool::open(&self.settings.spool, &self.settings.cluster, origin.identity.segment_size)?;
+        let claim = lease::claim(spool.holder());
+        let lease = self.repo.acquire_lease(&claim, Timestamp::now(), |held| lease::is_gone(&claim, held)).await?;
+        Ok(LogicalBeginning { origin, claim, lease, _spool: spool })
+    }
+
+    /// Finds out whether the repository is this cluster's, and can be used.
+    async fn try_begin_repository(
+        &self,
+        board: &Board,
+        identity: &ClusterIdentity,
+        at: Position,
+    ) -> Result<(), SourceError> {
+        if self.repo.initialize(identity).await? == Created::New {
             tracing::info!(url = self.repo.url(), system_id = %identity.system_id, "made the cluster's place");
         }
         let probe = self.repo.probe().await?;
@@ -413,6 +563,13 @@ impl Agent {
             s.store.enforces_create_once = probe.create_once;
             s.spool.size_max = self.settings.spool.size_max.as_u64();
         });
+        Ok(())
+    }
+
+    async fn try_begin(&self, board: &Board) -> Result<Beginning, SourceError> {
+        let mut source = Source::new(self.conninfo.clone(), self.settings.postgres.slot.clone(), self.repo.clone());
+        let source::Connected { mut walsender, identity, at } = source.connect().await?;
+        self.try_begin_repository(board, &identity, at).await?;
         let spool = Spool::open(&self.settings.spool, &self.settings.cluster, identity.segment_size)?;
         let claim = lease::claim(spool.holder());
         let lease = self.repo.acquire_lease(&claim, Timestamp::now(), |held| lease::is_gone(&claim, held)).await?;

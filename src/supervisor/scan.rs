@@ -17,11 +17,13 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::TryStreamExt as _;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::derived::Missed;
 use super::names::{self, NamesError, Told};
 use crate::backoff::{Chain, RetryPolicy};
 use crate::capture::ConnInfo;
@@ -30,10 +32,11 @@ use crate::decode::change::RowCounts;
 use crate::decode::{DecodeError, Source};
 use crate::detect::names::Seed;
 use crate::detect::{
-    DdlEvent, Limits, Names, NamesLimits, NamesSnapshot, Observer, Owner, Owners as _, Relation, Tally, Transaction,
+    DdlEvent, Definitions, Limits, Names, NamesLimits, NamesSnapshot, Observer, Owner, Owners, Relation, Running,
+    Tally, Transaction, Transactions,
 };
 use crate::pg::{Lsn, Oid, Position, RelFile, SegmentName, SegmentNumber, TimelineHistory, TimelineId, Xid};
-use crate::repo::catalog::CatalogScope;
+use crate::repo::catalog::{CatalogScope, LsnRange};
 use crate::repo::index::{Indexer, Seen, SegmentIndex};
 use crate::repo::layout::Object;
 use crate::repo::{RepoError, Repository};
@@ -57,9 +60,11 @@ const OPEN_MAX: usize = 64;
 /// The server is asked for names no more often than this.
 const NAMES_EVERY: Duration = Duration::from_secs(10);
 
+/// A loop that ran for so long had found its way; the next failure is a new one.
+const WELL_AFTER: Duration = Duration::from_secs(60);
+
 /// What the loop finds, in the order of the WAL.
 #[derive(Debug)]
-#[allow(dead_code, reason = "read by whoever listens")]
 pub(super) enum Observed {
     /// A transaction ended.
     Ended {
@@ -75,20 +80,31 @@ pub(super) enum Observed {
         /// The transactions and subtransactions.
         transactions: Vec<OpenReport>,
     },
+    /// The server wrote down which transactions are open.
+    Running {
+        /// Which.
+        running: Running,
+        /// On which timeline.
+        timeline: TimelineId,
+    },
     /// The tables that there are, once names are known and whenever they were told anew.
     Tables(Vec<(RelFile, Arc<Relation>)>),
+    /// The server was restored to a moment before what was told already: its timeline branched off here.
+    WentBack(Position),
     /// Everything up to here was told. It is the end of the WAL so far.
-    CaughtUp(Position),
+    CaughtUp {
+        /// Here.
+        position: Position,
+        /// Of this database alone; `None`: of the whole WAL.
+        database: Option<Oid>,
+    },
 }
 
 /// An open transaction, or subtransaction, that changed or deleted rows or definitions.
 #[derive(Clone, Debug)]
-#[allow(dead_code, reason = "read by whoever listens")]
 pub(super) struct OpenReport {
     /// Its id.
     pub(super) xid: Xid,
-    /// Its top-level transaction, if it is known to be a subtransaction.
-    pub(super) top: Option<Xid>,
     /// Where its first record begins.
     pub(super) begin: Lsn,
     /// It is prepared.
@@ -125,6 +141,8 @@ pub(super) struct Scan {
     pub(super) path: TimelineHistory,
     pub(super) archived: watch::Receiver<Option<Position>>,
     pub(super) derived: mpsc::Sender<Derived>,
+    /// What finds no room there.
+    pub(super) missed: Missed,
     pub(super) observed: mpsc::Sender<Observed>,
 }
 
@@ -172,6 +190,7 @@ impl Scan {
     pub(super) async fn run(mut self, stop: CancellationToken) -> anyhow::Result<()> {
         let mut failures = 0;
         loop {
+            let begun = Instant::now();
             match stop.run_until_cancelled(self.follow()).await {
                 None => return Ok(()),
                 Some(Ok(())) if stop.is_cancelled() => return Ok(()),
@@ -181,7 +200,8 @@ impl Scan {
                     return Ok(());
                 }
                 Some(Err(error)) => {
-                    failures += 1;
+                    // What went well for long is not what failed before.
+                    failures = if begun.elapsed() >= WELL_AFTER { 1 } else { failures + 1 };
                     let text = format!("the WAL cannot be watched: {}", Chain(&error));
                     self.board.raise("scan", text, Some("archiving goes on; it is tried again".to_owned()));
                     let pause = RetryPolicy::FOREVER.pause(failures);
@@ -234,7 +254,7 @@ impl Scan {
                     if caught_up != Some(position) {
                         caught_up = Some(position);
                         self.board.clear("scan");
-                        if self.observed.send(Observed::CaughtUp(position)).await.is_err() {
+                        if self.observed.send(Observed::CaughtUp { position, database: None }).await.is_err() {
                             return Ok(());
                         }
                     }
@@ -251,9 +271,27 @@ impl Scan {
                     spooled.mark_unchanged();
                 }
                 Available::Switch(next) => {
-                    tracing::info!(from = %current.timeline, to = %next.timeline, "the timeline switches");
-                    indexer.switch(next);
-                    current = next;
+                    let fork = self.fork_before(&next, current.timeline, indexer.proved_to()).await?;
+                    let Some(fork) = fork else {
+                        tracing::info!(from = %current.timeline, to = %next.timeline, "the timeline switches");
+                        indexer.switch(next);
+                        current = next;
+                        continue;
+                    };
+                    let first = SegmentName::at(next.timeline, fork, next.size);
+                    tracing::info!(from = %current.timeline, to = %next.timeline, %fork, "the server went back in time");
+                    let names = self.ask().await;
+                    let snapshot = Derived::Names(first, Box::new(names.export()));
+                    let back = Observed::WentBack(Position { timeline: next.timeline, lsn: fork });
+                    if !names.is_empty() && self.derived.send(snapshot).await.is_err()
+                        || self.observed.send(back).await.is_err()
+                    {
+                        return Ok(());
+                    }
+                    indexer = Indexer::new(self.source, &first, Observer::new(names, Limits::default(), false));
+                    indexer.begin(first);
+                    current = first;
+                    (telling, tables_told) = (Telling::default(), false);
                 }
                 Available::Jump(next) => {
                     tracing::warn!(from = %indexer.pushed_to(), to = %next.start(), "WAL is missing: going on behind it");
@@ -345,6 +383,10 @@ impl Scan {
             if let Some(Object::Index(name)) = self.repo.layout().parse(&object.key, size)
                 && name.number < here
             {
+                // What an agent before us could not write any more.
+                if let Some(before) = newest.filter(|before: &SegmentName| before.end() < name.start()) {
+                    self.missed.add_range(timeline, LsnRange { from: before.end(), to: name.start() });
+                }
                 newest = Some(name);
             }
         }
@@ -377,6 +419,22 @@ impl Scan {
         names
     }
 
+    /// Where timeline `next` branched off, if that is before the place up to which `old` was read: a server that was
+    /// restored, or promoted without the last of what its primary had written.
+    async fn fork_before(
+        &mut self,
+        next: &SegmentName,
+        old: TimelineId,
+        read_to: Lsn,
+    ) -> Result<Option<Lsn>, ScanError> {
+        let catalog = self.repo.catalog(CatalogScope::WalFrom(Lsn::MAX)).await?;
+        let Some(path) = catalog.history(next.timeline) else { return Ok(None) };
+        self.path = path.clone();
+        // Of a branch that it did not come from, nothing behind its own beginning counts.
+        let fork = self.path.end_of(old).or_else(|| self.path.begin_of(next.timeline));
+        Ok(fork.filter(|fork| *fork < read_to))
+    }
+
     /// What there is to read of the segment in work.
     async fn available(&mut self, current: &SegmentName, indexer: &Indexer) -> Result<Available, ScanError> {
         let (at, size) = (indexer.pushed_to(), current.size);
@@ -401,7 +459,8 @@ impl Scan {
         }
         // What has left the spool is in the repository.
         let archived = *self.archived.borrow_and_update();
-        if let Some(archived) = archived.filter(|archived| archived.lsn > at) {
+        let is_ahead = |archived: &Position| archived.lsn > at || archived.timeline > current.timeline;
+        if let Some(archived) = archived.filter(is_ahead) {
             self.follow_history(archived).await?;
             match self.repo.read_segment(current).await {
                 Ok(read) if read.valid_to > size.offset_of(at) => {
@@ -479,10 +538,13 @@ impl Scan {
         for found in seen {
             match found {
                 Seen::Ended(transaction) => {
-                    if let Some(xid) = transaction.xid {
-                        telling.told.remove(&xid);
-                    }
+                    telling.ended(&transaction);
                     if self.observed.send(Observed::Ended { transaction, timeline }).await.is_err() {
+                        return false;
+                    }
+                }
+                Seen::Running(running) => {
+                    if self.observed.send(Observed::Running { running, timeline }).await.is_err() {
                         return false;
                     }
                 }
@@ -491,11 +553,11 @@ impl Scan {
                 Seen::Names(name, names) => self.derive(Derived::Names(name, names)),
             }
         }
-        let open = telling.open(indexer.observer(), Instant::now());
+        let observer = indexer.observer();
+        let open = telling.open(observer.transactions(), observer.definitions(), observer.names(), Instant::now());
         if !open.is_empty() && self.observed.send(Observed::Open { timeline, transactions: open }).await.is_err() {
             return false;
         }
-        let observer = indexer.observer();
         self.board.update(|s| {
             s.scan.position = Some(Position { timeline, lsn: indexer.pushed_to() });
             s.scan.open_transactions = observer.transactions().len() as u64;
@@ -504,10 +566,11 @@ impl Scan {
         true
     }
 
-    /// Hands on what is put beside the WAL. If that cannot keep up it is left out: `index rebuild` makes it at any time.
+    /// Hands on what is put beside the WAL. Where that cannot keep up an index is made from the archive later; of names
+    /// there is another snapshot a GiB on.
     fn derive(&self, derived: Derived) {
-        if self.derived.try_send(derived).is_err() {
-            self.board.update(|s| s.scan.unindexed_total += 1);
+        if let Err(TrySendError::Full(Derived::Index(name, _))) = self.derived.try_send(derived) {
+            self.missed.add(&name);
         }
     }
 }
@@ -537,16 +600,29 @@ fn seed(names: &mut Names, shared: Seed, told: Vec<Told>, board: &Board) {
 
 /// What was told of open transactions.
 #[derive(Debug, Default)]
-struct Telling {
+pub(super) struct Telling {
     /// Rows changed and deleted, and definitions, of each.
     told: HashMap<Xid, (u64, usize)>,
     last: Option<Instant>,
 }
 
 impl Telling {
+    /// Nothing more is told of a transaction that ended.
+    pub(super) fn ended(&mut self, transaction: &Transaction) {
+        if let Some(xid) = transaction.xid {
+            self.told.remove(&xid);
+        }
+    }
+
     /// The open transactions that did more than was told, the largest first.
-    fn open(&mut self, observer: &Observer, now: Instant) -> Vec<OpenReport> {
-        if observer.transactions().is_empty() {
+    pub(super) fn open(
+        &mut self,
+        transactions: &Transactions,
+        definitions: &Definitions,
+        owners: &impl Owners,
+        now: Instant,
+    ) -> Vec<OpenReport> {
+        if transactions.is_empty() {
             self.told.clear();
             return Vec::new();
         }
@@ -556,21 +632,21 @@ impl Telling {
         self.last = Some(now);
         let lost = |counts: RowCounts| counts.deleted + counts.updated;
         let mut more: Vec<_> = Vec::new();
-        for open in observer.transactions().open() {
+        for open in transactions.open() {
             let rows: u64 = open.tallies().map(|(_, counts)| lost(counts)).sum::<u64>() + lost(open.more);
-            let done = (rows, observer.definitions().open(open.xid).len());
+            let done = (rows, definitions.open(open.xid).len());
             if done != (0, 0) && self.told.get(&open.xid) != Some(&done) {
                 more.push((done, open));
             }
         }
         more.sort_by_key(|(done, open)| (std::cmp::Reverse(*done), open.xid.get()));
         more.truncate(OPEN_MAX);
-        let still: BTreeSet<Xid> = observer.transactions().open().map(|open| open.xid).collect();
+        let still: BTreeSet<Xid> = transactions.open().map(|open| open.xid).collect();
         self.told.retain(|xid, _| still.contains(xid));
         let report = |(done, open): ((u64, usize), crate::detect::OpenTransaction<'_>)| {
             self.told.insert(open.xid, done);
             let tallies = open.tallies().filter_map(|(file, counts)| {
-                let relation = match observer.names().owner(file, Some(open.xid)) {
+                let relation = match owners.owner(file, Some(open.xid)) {
                     Owner::Hidden => return None,
                     Owner::Relation(relation) => Some(relation),
                     Owner::Unknown => None,
@@ -579,13 +655,12 @@ impl Telling {
             });
             OpenReport {
                 xid: open.xid,
-                top: open.top,
                 begin: open.begin,
                 is_prepared: open.is_prepared,
                 is_complete: open.is_complete,
                 tallies: tallies.collect(),
-                ddl: observer.definitions().open(open.xid).to_vec(),
-                messages: observer.definitions().messages(open.xid).to_vec(),
+                ddl: definitions.open(open.xid).to_vec(),
+                messages: definitions.messages(open.xid).to_vec(),
             }
         };
         more.into_iter().map(report).collect()

@@ -37,7 +37,8 @@ pub(super) struct Watch {
 /// What SQL tells.
 #[derive(Debug)]
 struct Answer {
-    wal_status: Option<String>,
+    /// A slot's name and `wal_status`.
+    slot: Option<Vec<Option<String>>>,
     sync_state: Option<String>,
     flushed: Option<Lsn>,
     quiet: Option<Quiet>,
@@ -95,7 +96,10 @@ impl Watch {
             *client = Some(capture::connect_sql(&self.conninfo).await?);
         }
         let client = client.as_ref().context("connect")?;
-        let query = "SELECT (SELECT wal_status FROM pg_replication_slots WHERE slot_name = $1), \
+        // Further databases have slots of their own: of all of them the one that is worst.
+        let query = "SELECT (SELECT ARRAY[slot_name::text, wal_status] FROM pg_replication_slots \
+                      WHERE slot_name = $1 OR plugin = 'pgoutput' AND slot_name ~ ('^' || $1 || '_[0-9]+$') \
+                      ORDER BY array_position(ARRAY['lost', 'unreserved', 'extended'], wal_status) LIMIT 1), \
                      (SELECT string_agg(sync_state, ',') FROM pg_stat_replication \
                       WHERE application_name = $2 AND state IN ('streaming', 'catchup')), \
                      CASE WHEN pg_is_in_recovery() THEN pg_last_wal_receive_lsn() ELSE pg_current_wal_flush_lsn() END, \
@@ -106,7 +110,7 @@ impl Watch {
                      ELSE substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8) END";
         let row = client.query_one(query, &[&self.slot, &self.stream_name]).await?;
         Ok(Answer {
-            wal_status: row.try_get(0)?,
+            slot: row.try_get(0)?,
             sync_state: row.try_get(1)?,
             flushed: row.try_get::<_, Option<PgLsn>>(2)?.map(|lsn| Lsn::new(lsn.into())),
             quiet: quiet(row.try_get(3)?, row.try_get(4)?, row.try_get(5)?),
@@ -137,16 +141,21 @@ impl Watch {
             self.synchronous.send_if_modified(|s| std::mem::replace(s, synchronous) != synchronous);
             self.board.update(|s| s.server.synchronous = synchronous);
         }
+        let slot = answer.slot.as_deref().unwrap_or_default();
+        let wal_status = slot.get(1).cloned().flatten();
         self.board.update(|s| {
-            s.server.slot_wal_status.clone_from(&answer.wal_status);
+            s.server.slot_wal_status.clone_from(&wal_status);
             if let (Some(lsn), Some(known)) = (answer.flushed, s.server.flushed) {
                 s.server.flushed = Some(Position { lsn: lsn.max(known.lsn), ..known });
             }
         });
-        match answer.wal_status.as_deref() {
+        match wal_status.as_deref() {
             Some(status @ ("unreserved" | "lost")) => self.board.raise(
                 "slot",
-                format!("the server is about to drop WAL that is not archived: slot {} is {status}", self.slot),
+                {
+                    let name = slot.first().cloned().flatten().unwrap_or_else(|| self.slot.clone());
+                    format!("the server is about to drop WAL that is not archived: slot {name} is {status}")
+                },
                 Some("raise max_slot_wal_keep_size now, and see why the archive is behind".to_owned()),
             ),
             _ => self.board.clear("slot"),

@@ -145,6 +145,11 @@ async fn indexes_are_rebuilt_as_they_were_and_merged_ones_say_what_all_together_
     let report = run(&["index", "rebuild", "--json"], 0).json();
     assert!(number(&report, "merged") >= 1, "{report:#}");
     assert_eq!(repo.merged_index(&group).await.unwrap().unwrap(), merged);
+    // Nor is one that is damaged there for good.
+    repo.remove_merged_indexes_of(made[20].0).await.unwrap();
+    repo.store().create(&repo.layout().merged(&group), "nonsense".into()).await.unwrap();
+    assert_eq!(number(&run(&["index", "rebuild", "--check", "--json"], 0).json(), "merged"), 1);
+    assert_eq!(repo.merged_index(&group).await.unwrap().unwrap(), merged);
     let usage = run(&["index", "rebuild", "--from", "yesterday"], 2);
     assert!(usage.stderr().contains("HINT: an LSN looks like"), "{usage}");
 }

@@ -120,6 +120,16 @@ const STATEMENTS: &[(&str, &[&str])] = &[
     ("CLUSTER a USING a_pkey", &["rewrite public.a"]),
     ("REINDEX TABLE a", &["rewrite public.a_pkey"]),
     ("ALTER TABLE c ALTER old_name TYPE bigint", &["rewrite public.c"]),
+    // The file that the rewrite made is emptied in place.
+    (
+        "BEGIN; INSERT INTO c VALUES (9, 9); ALTER TABLE c ALTER old_name TYPE int; TRUNCATE c; TRUNCATE c; COMMIT",
+        &["rewrite public.c", "truncate public.c"],
+    ),
+    // Nobody's rows.
+    (
+        "BEGIN; CREATE TABLE brief (id int); INSERT INTO brief VALUES (1); SAVEPOINT s; TRUNCATE brief; COMMIT",
+        &["create public.brief"],
+    ),
     ("ALTER TABLE c SET UNLOGGED", &["rewrite public.c"]),
     ("ALTER TABLE c SET LOGGED", &["rewrite public.c"]),
     ("REFRESH MATERIALIZED VIEW summary", &["rewrite public.summary"]),

@@ -5,15 +5,19 @@ use std::fs;
 use crate::harness::{Cluster, Scratch, finish, walguard_command};
 
 #[test]
-fn the_demo_brings_every_row_back_and_leaves_nothing() {
+fn the_demo_plays_the_wipe_and_brings_every_row_and_trigger_back_by_the_alarms_own_command() {
     let scratch = Scratch::new();
     let bin = Cluster::builder().create().bin_dir().to_owned();
-    let mut demo = walguard_command(&["demo", "--rows", "1000", "--json", "--pg-bin-dir", bin.to_str().unwrap()]);
+    let mut demo = walguard_command(&["demo", "--json", "--pg-bin-dir", bin.to_str().unwrap()]);
     demo.env("TMPDIR", scratch.path());
-    let report = finish(demo).expect(0).json();
-    assert_eq!(report["before"]["rows"], 1000);
-    assert_eq!(report["after"]["rows"], 0);
-    assert_eq!(report["restored"], report["before"]);
+    let told = finish(demo).expect(0).json();
+    let content = |name: &str| ["rows", "users", "triggers"].map(|what| told[name][what].as_i64().unwrap());
+    assert_eq!((content("before"), content("after")), ([485, 24, 18], [0, 0, 0]));
+    assert_eq!(told["restored"], told["before"]);
+    assert_eq!(told["rows_when_warned"], told["before"]["rows"], "the first alarm came before a row was gone");
+    let who = told["who"].as_str().unwrap();
+    assert!(who.contains("role game_owner") && who.contains("application migrate.py"), "{who}");
+    assert!(told["command"].as_str().unwrap().starts_with("walguard restore --to before:"));
     assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 0, "the demo leaves nothing behind");
 }
 

@@ -163,6 +163,25 @@ async fn a_wipe_is_told_while_it_is_open_answered_and_reported() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_suspicion_is_over_when_the_server_dies_before_the_commit() {
+    let tables = format!("{MAY_COUNT} CREATE TABLE t AS SELECT generate_series(1, 20000) AS n");
+    let (_scratch, mut cluster, _agent, repo) = watched(17, &tables).await;
+    let client = session(&cluster, "mistake").await;
+    client.batch_execute("BEGIN; DELETE FROM t WHERE n <= 15000").await.unwrap();
+    let suspicion = wait_incident(&repo, "the suspicion", |incident| incident.state == State::Open).await;
+    cluster.kill9().await;
+    cluster.start().await;
+    // What is open is written down with a checkpoint, once something was done before it.
+    cluster.sql("INSERT INTO t VALUES (0)").await;
+    cluster.sql("CHECKPOINT").await;
+    let over = wait_incident(&repo, "the end of it", |incident| incident.state == State::Aborted).await;
+    assert_eq!(over.id, suspicion.id);
+    assert!(over.title.starts_with("rolled back: "), "{}", over.title);
+    assert_eq!(cluster.number("SELECT count(*) FROM t").await, 20_001);
+    assert!(over.moments.iter().any(|moment| moment.text.contains("gone without a commit")), "{:?}", over.moments);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_looks_alike_is_no_incident_and_a_silence_is_kept() {
     let tables = "GRANT pg_read_all_data TO walguard; CREATE TABLE w AS SELECT generate_series(1, 700) AS n; \
         CREATE TABLE t AS SELECT generate_series(1, 2000) AS n; CREATE TABLE empty (n int); \

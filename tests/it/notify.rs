@@ -13,7 +13,7 @@ use walguard::detect::incident::{
 };
 use walguard::detect::{Actor, Who, WhoSource};
 use walguard::notify::queue::{Next, Task};
-use walguard::notify::{Channel, Config, Event, Message, Queue, SendError, Sending, Setting};
+use walguard::notify::{Channel, Config, Event, Message, Queue, Reach, SendError, Sending, Setting};
 use walguard::pg::{Lsn, TimelineId, Xid};
 
 use crate::harness::{Answer, Receiver, Scratch, walguard_command};
@@ -22,7 +22,7 @@ use crate::harness::{Answer, Receiver, Scratch, walguard_command};
 const HUSH: &str = "hush-hush-hush-0123456789abcdef";
 
 pub(crate) fn setting() -> Setting {
-    Setting { cluster: "main".to_owned(), config: None, zone: TimeZone::UTC }
+    Setting { cluster: "main".to_owned(), reach: Reach::default(), zone: TimeZone::UTC }
 }
 
 /// A committed wipe of 18 tables, with names that every form of escaping must survive.
@@ -306,7 +306,7 @@ async fn a_receiver_that_hangs_or_breaks_off_may_have_taken_it_and_one_that_is_a
     let sent: Vec<_> = receiver.received().iter().map(|r| r.header("x-walguard-delivery").to_owned()).collect();
     assert_eq!(sent.len(), 2, "no hidden repetition");
     assert_eq!(sent[0], sent[1], "the receiver can tell the repetition");
-    receiver.down();
+    receiver.down().await;
     let error = send(&channel, &message).await.unwrap_err();
     assert!(error.is_transient() && !error.maybe_taken(), "{error:?}");
 }
@@ -320,7 +320,7 @@ async fn a_webhook_that_is_down_for_an_hour_gets_the_alarm_once_and_late() {
     let begin = now();
     let incident = wipe(0, begin);
     queue.incident(&incident, begin);
-    receiver.down();
+    receiver.down().await;
     let (mut at, back, mut is_down, mut tries) = (begin, begin + SignedDuration::from_hours(1), true, 0);
     let end = begin + SignedDuration::from_hours(3);
     let mut told = Vec::new();

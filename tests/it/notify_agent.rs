@@ -249,7 +249,7 @@ async fn status(agent: &Agent) -> Option<Status> {
 async fn the_agent_tells_what_was_left_untold_and_its_status_says_what_is_late() {
     let cluster = Cluster::builder().start().await;
     let mut receiver = Receiver::start().await;
-    receiver.down();
+    receiver.down().await;
     let scratch = Scratch::new();
     let repo_folder = scratch.dir("repo");
     let builder = Agent::builder(&cluster, &format!("file://{}", repo_folder.display()));

@@ -9,8 +9,8 @@ use walguard::repo::Repository;
 use walguard::repo::index::{Indexer, SegmentIndex};
 use walguard::repo::layout::Object;
 
-use crate::archived_wal::{DEADLINE, repository, small, small_cluster, wait_in_repository, write};
-use crate::harness::{Agent, Cluster, Scratch, StopMode, wait_for};
+use crate::archived_wal::{DEADLINE, repository, small, small_cluster, status, wait_in_repository, write};
+use crate::harness::{Agent, Cluster, Fault, S3, Scratch, StopMode, wait_for};
 
 /// The segments of a timeline that have an index.
 async fn indexed(repo: &Repository, timeline: u32) -> Vec<SegmentName> {
@@ -117,6 +117,42 @@ async fn every_archived_segment_has_the_index_that_the_archive_alone_gives_kills
             assert!(events.contains(&event), "{event} is not among {events:?}");
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_index_that_found_no_room_while_the_store_was_away_is_made_from_the_archive() {
+    let cluster = small_cluster().await;
+    let s3 = S3::start().await;
+    let mut builder = Agent::builder(&cluster, &s3.repo_url())
+        .settings("[backup]\ninterval = \"0s\"\n[archive]\ndurability = \"spool\"");
+    for (name, value) in s3.env() {
+        builder = builder.env(name, &value);
+    }
+    let mut agent = builder.spawn();
+    agent.wait_streaming(&cluster).await;
+    s3.fault(Fault::Down);
+    let client = cluster.client().await;
+    // More than wait in the queue.
+    for _ in 0..90 {
+        client.batch_execute("INSERT INTO busy (word) VALUES ('x'); SELECT pg_switch_wal()").await.unwrap();
+    }
+    let end = cluster.lsn().await.align_down(1 << 20);
+    wait_for("the WAL to be read", DEADLINE, || async {
+        let told = status(&agent).await;
+        let read = told["scan"]["position"]["lsn"].as_str().and_then(|lsn| lsn.parse::<Lsn>().ok());
+        read >= Some(end)
+    })
+    .await;
+    s3.heal();
+    write(&cluster, 1100).await;
+    let repo = Repository::connect(&s3.config(), "main").await.unwrap();
+    wait_in_repository(&repo, 1, end).await;
+    wait_for("every index", DEADLINE, || async {
+        let timelines = repo.index_status().await.unwrap();
+        timelines.iter().any(|timeline| timeline.segments >= 90 && timeline.holes.is_empty())
+    })
+    .await;
+    assert!(agent.stop().await.success());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use walguard::detect::incident::{Incident, TableDamage};
-use walguard::detect::{RuleName, Severity, State};
+use walguard::detect::{RuleName, Severity, State, WhoSource};
 
 use crate::archived_wal::repository;
 use crate::harness::webhook::Webhook;
-use crate::harness::{Agent, Cluster, Scratch};
+use crate::harness::{Agent, Cluster, Scratch, wait_for};
 use crate::replays::{wait_scanned, wait_watching};
 
 /// A way to lose rows: what it is called, what it needs, how it is done (each statement by itself), which table suffers,
@@ -253,4 +253,41 @@ async fn ordinary_work_alarms_nobody() {
         found.iter().filter(|incident| incident.severity >= Severity::Critical && incident.state != State::Aborted);
     let critical: Vec<_> = critical.collect();
     assert!(critical.is_empty(), "{:?}", critical.iter().map(|i| (&i.title, &i.findings)).collect::<Vec<_>>());
+}
+
+/// As a pooler in transaction mode hands its clients on: one session of the server, and before each client's transaction
+/// the name of its application.
+#[tokio::test(flavor = "multi_thread")]
+async fn through_a_pooler_the_client_of_that_transaction_is_told_and_no_other() {
+    let cluster = Cluster::builder().major(17).start().await;
+    let tables = "CREATE ROLE app LOGIN; CREATE TABLE pooled AS SELECT generate_series(1, 500) AS id; \
+                  ALTER TABLE pooled OWNER TO app; ANALYZE";
+    cluster.sql(tables).await;
+    let scratch = Scratch::new();
+    let url = scratch.repo_url();
+    let mut agent = Agent::builder(&cluster, &url).settings("[backup]\ninterval = \"0s\"\n").spawn();
+    agent.wait_streaming(&cluster).await;
+    wait_watching(&agent, &cluster).await;
+    let (session, connection) =
+        tokio_postgres::connect(&cluster.conninfo_of("app"), tokio_postgres::NoTls).await.unwrap();
+    tokio::spawn(connection);
+    for (application, statements) in [
+        ("web", "SELECT count(*) FROM pooled"),
+        ("cleanup", "BEGIN; DELETE FROM pooled; SELECT pg_sleep(1.5); COMMIT"),
+        ("web", "SELECT count(*) FROM pooled"),
+    ] {
+        session.batch_execute(&format!("SET application_name = '{application}'")).await.unwrap();
+        session.batch_execute(statements).await.unwrap();
+    }
+    let repo = repository(&url).await;
+    let told = || async {
+        let found = repo.incidents(None).await.unwrap().incidents;
+        found.into_iter().find(|incident| incident.state == State::Committed)
+    };
+    wait_for("the incident", Duration::from_secs(60), || async { told().await.is_some() }).await;
+    let incident = told().await.unwrap();
+    let who = incident.who().unwrap();
+    assert_eq!(who.source, WhoSource::Activity, "{who:?}");
+    assert_eq!((who.actor.role.as_deref(), who.actor.application.as_deref()), (Some("app"), Some("cleanup")));
+    assert!(who.actor.query.as_deref().unwrap().contains("DELETE FROM pooled"), "{who:?}");
 }

@@ -111,6 +111,8 @@ pub(crate) enum Verb {
     Incidents(IncidentsArgs),
     Silence(SilenceArgs),
     Restore(RestoreArgs),
+    Drill(DrillArgs),
+    Handover(HandoverArgs),
     Verify(VerifyArgs),
     Expire(ExpireArgs),
     Guard(GuardArgs),
@@ -127,7 +129,7 @@ pub(crate) enum Verb {
 /// Prepare a cluster: write a settings file, create the slot and the repository
 ///
 /// Writes a settings file that explains every setting (to --config, unless that file is there already), creates the
-/// physical replication slot and the cluster's place in the repository. What exists already is left as it is, so that
+/// replication slot (with a logical source the publications, too) and the cluster's place in the repository. What exists already is left as it is, so that
 /// the command can be repeated.
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -143,6 +145,18 @@ pub(crate) struct InitArgs {
     /// Only print the settings file to standard output; connects to nothing
     #[arg(long, conflicts_with_all = ["print_sql", "json"])]
     pub(crate) print_settings: bool,
+    /// How the server's changes are heard of; without it what the settings say, or `logical` if the server refuses `physical`
+    #[arg(long, value_enum, value_name = "SOURCE")]
+    pub(crate) source: Option<SourceArg>,
+}
+
+/// How the server's changes are heard of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum SourceArg {
+    /// By its WAL, as a standby hears of them
+    Physical,
+    /// By logical replication of one database, for services that do not give their WAL away
+    Logical,
 }
 
 /// Check everything that archiving and restoring need
@@ -190,6 +204,9 @@ pub(crate) struct BackupArgs {
     /// Do not wait until the WAL that the backup needs is archived
     #[arg(long)]
     pub(crate) no_wait: bool,
+    /// With a logical source: of this database; by default of the one of the connection string and those of `logical.databases`
+    #[arg(long, value_name = "NAME")]
+    pub(crate) database: Option<String>,
 }
 
 /// How the checkpoint of a base backup is made.
@@ -239,7 +256,8 @@ Examples:
   walguard incidents --follow --json --config walguard.toml
   walguard incidents show last --config walguard.toml
   walguard incidents ack last --note 'on it' --config walguard.toml
-  walguard incidents report 00000001-000000001A2B3C40 --html --output report.html --config walguard.toml"
+  walguard incidents report 00000001-000000001A2B3C40 --html --output report.html --config walguard.toml
+  walguard incidents rows 00000001-000000001A2B3C40 --config walguard.toml | psql -X -v ON_ERROR_STOP=1 -d postgres"
 )]
 pub(crate) struct IncidentsArgs {
     #[command(subcommand)]
@@ -268,6 +286,8 @@ pub(crate) enum IncidentsVerb {
     Resolve(AnswerArgs),
     /// Write a report that can be sent on, in Markdown or HTML
     Report(ReportArgs),
+    /// Print the deleted rows that were saved, as a script for psql that puts them back
+    Rows(RowsArgs),
 }
 
 /// Which incident.
@@ -296,6 +316,16 @@ pub(crate) struct AnswerArgs {
 }
 
 /// A report.
+#[derive(Debug, Args)]
+pub(crate) struct RowsArgs {
+    /// Its id, or `last`
+    #[arg(value_name = "INCIDENT")]
+    pub(crate) id: String,
+    /// Only those of this table, as the incident names it: `shop.public.users`; repeatable
+    #[arg(long, value_name = "TABLE")]
+    pub(crate) table: Vec<String>,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct ReportArgs {
     /// Its id, or `last`
@@ -380,9 +410,27 @@ pub(crate) struct RestoreArgs {
     /// Restore up to this restore point, as --to name:NAME
     #[arg(long, value_name = "NAME", conflicts_with = "to")]
     pub(crate) to_name: Option<String>,
-    /// Directory that becomes the data directory; empty or not there yet
-    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
-    pub(crate) target_dir: PathBuf,
+    /// Directory that becomes the data directory; empty or not there yet. With a logical source, that of a new server
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, required_unless_present = "into")]
+    pub(crate) target_dir: Option<PathBuf>,
+    /// With a logical source: the empty database, of the same or a newer major version, in which it is rebuilt, instead of a
+    /// new server
+    #[arg(long, value_name = "CONNINFO", conflicts_with_all = ["target_dir", "to_name", "timeline", "verify", "overwrite", "delta", "amcheck",
+        "tablespace", "port", "socket_dir"])]
+    pub(crate) into: Option<String>,
+    /// With a logical source: the database that is rebuilt; by default that of the incident, or of the connection string
+    #[arg(long, value_name = "NAME")]
+    pub(crate) database: Option<String>,
+    /// With a logical source: rebuild what can be rebuilt, and say what is missing
+    #[arg(long)]
+    pub(crate) partial: bool,
+    /// With a logical source: rows of these tables only, all others are made empty (`table`, `schema.table`, with * and ?; may be
+    /// repeated)
+    #[arg(long, value_name = "PATTERN")]
+    pub(crate) only: Vec<String>,
+    /// With a logical source: connections that copy rows at once
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=32))]
+    pub(crate) jobs: u8,
     /// Look for the target on this timeline's history instead of the newest
     #[arg(long, value_name = "ID", value_parser = timeline)]
     pub(crate) timeline: Option<TimelineId>,
@@ -404,6 +452,13 @@ pub(crate) struct RestoreArgs {
     /// Only prepare the directory; starting the server recovers it
     #[arg(long)]
     pub(crate) no_start: bool,
+    /// Only extract the base backup, and write nothing for recovery: for Patroni and others that do that by themselves,
+    /// with `walguard wal-fetch` as restore_command
+    #[arg(long, conflicts_with_all = ["start", "swap"])]
+    pub(crate) bare: bool,
+    /// Promote, stop, and put the result in the place of this stopped cluster, which is kept beside it; see `walguard handover`
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, conflicts_with_all = ["no_start", "action"])]
+    pub(crate) swap: Option<PathBuf>,
     /// Do not ask before it begins
     #[arg(long, short = 'y')]
     pub(crate) yes: bool,
@@ -413,9 +468,15 @@ pub(crate) struct RestoreArgs {
     /// Replace what is in the directory, if that is provably a stopped cluster
     #[arg(long)]
     pub(crate) overwrite: bool,
+    /// Turn what is in the directory, if that is provably a stopped cluster, into what is restored: fetch what differs
+    #[arg(long, conflicts_with = "overwrite")]
+    pub(crate) delta: bool,
     /// Place a tablespace elsewhere: OLD=NEW, OLD being its directory at backup time or its OID; repeatable
     #[arg(long, alias = "tablespace-map", value_name = "OLD=NEW")]
     pub(crate) tablespace: Vec<String>,
+    /// WAL that may lie in pg_wal ahead of the replay, for example '2 GiB'; by default as memory and free room allow
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) wal_ahead: Option<bytesize::ByteSize>,
     /// TCP port of the restored server; by default it listens on its Unix socket only
     #[arg(long, value_name = "PORT")]
     pub(crate) port: Option<u16>,
@@ -425,6 +486,66 @@ pub(crate) struct RestoreArgs {
     /// Directory with PostgreSQL's programs of the backup's major version
     #[arg(long, value_name = "DIR", env = "WALGUARD_PG_BIN_DIR", hide_env_values = true, value_hint = ValueHint::DirPath)]
     pub(crate) pg_bin_dir: Option<PathBuf>,
+    /// Have the restored server check its tables and indexes, in every database that has the extension amcheck
+    #[arg(long, conflicts_with = "no_start")]
+    pub(crate) amcheck: bool,
+}
+
+/// Prove that a restore works: make one in scratch space, look at it, throw it away
+///
+/// Restores the newest state (or another moment) into a directory of its own, with a server that nobody reaches but
+/// walguard, and that neither archives nor connects to anything. Proves that it stands at the target, that tables and
+/// indexes are sound, that what `drill.checks` of the settings asks is so, that a primary comes of it, and that every page
+/// has its checksum. The result goes into the repository. Nothing else is left behind. Exits with 3 if something is not as
+/// it should be, and with 1 if the moment could not be restored or the repository is damaged; then it says what is damaged,
+/// and which moments are unreachable because of it.
+#[derive(Debug, Args)]
+#[command(
+    args_conflicts_with_subcommands = true,
+    after_help = "\
+Examples:
+  walguard drill --config walguard.toml
+  walguard drill --config walguard.toml --random --scratch-dir /srv/scratch --max-bytes '200 GiB' --max-time 2h
+  walguard drill list --config walguard.toml"
+)]
+pub(crate) struct DrillArgs {
+    #[command(subcommand)]
+    pub(crate) verb: Option<DrillVerb>,
+    /// The moment to restore, as for `walguard restore`; by default what `drill.moment` says
+    #[arg(long, value_name = "TARGET", conflicts_with = "random")]
+    pub(crate) to: Option<String>,
+    /// Restore a random moment since the oldest backup
+    #[arg(long)]
+    pub(crate) random: bool,
+    /// Directory in which the drill makes one of its own
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) scratch_dir: Option<PathBuf>,
+    /// The most that it may take of the disk, for example '50 GiB'; by default nine tenths of what is free
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) max_bytes: Option<bytesize::ByteSize>,
+    /// The longest that it may take, for example 2h
+    #[arg(long, value_name = "SPAN", value_parser = span)]
+    pub(crate) max_time: Option<Duration>,
+    /// Check tables and indexes, in every database that has the extension amcheck
+    #[arg(long)]
+    pub(crate) amcheck: bool,
+    /// Keep the directory, with the server stopped in it
+    #[arg(long)]
+    pub(crate) keep: bool,
+    /// Directory with PostgreSQL's programs of the cluster's major version
+    #[arg(long, value_name = "DIR", env = "WALGUARD_PG_BIN_DIR", hide_env_values = true, value_hint = ValueHint::DirPath)]
+    pub(crate) pg_bin_dir: Option<PathBuf>,
+}
+
+/// What to do about drills other than making one.
+#[derive(Debug, Subcommand)]
+pub(crate) enum DrillVerb {
+    /// List the drills that were made, the newest last
+    List {
+        /// How many at most
+        #[arg(long, value_name = "N", default_value_t = 20)]
+        newest: usize,
+    },
 }
 
 /// What happens once a restore reaches its target.
@@ -788,17 +909,46 @@ pub(crate) struct WalFetchArgs {
     pub(crate) prefetch: bool,
 }
 
-/// Show the whole of it in a minute, on a private PostgreSQL, leaving nothing behind
+/// Show the whole of it in half a minute, on a private PostgreSQL, leaving nothing behind
+///
+/// Replays what happened to a real game: triggers that protect 18 tables are dropped, and everything is deleted. The alarm
+/// says who did it and how to go back; its own command is run, and what it brings back is compared with what there was.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   walguard demo
-  walguard demo --rows 1000000 --pg-bin-dir /usr/lib/postgresql/17/bin")]
+  walguard demo --report incident.md --pg-bin-dir /usr/lib/postgresql/17/bin")]
 pub(crate) struct DemoArgs {
-    /// Rows to write before the disaster
-    #[arg(long, value_name = "N", default_value_t = 100_000)]
-    pub(crate) rows: u32,
+    /// Keep the report of the incident in this file
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) report: Option<PathBuf>,
     /// Directory with PostgreSQL's programs; by default the newest that is found
+    #[arg(long, value_name = "DIR", env = "WALGUARD_PG_BIN_DIR", hide_env_values = true, value_hint = ValueHint::DirPath)]
+    pub(crate) pg_bin_dir: Option<PathBuf>,
+}
+
+/// Make a restored directory a cluster of its own, or put it in the place of the original
+///
+/// What `walguard restore` left waiting becomes a primary and is stopped, and the settings of the restore are taken out of
+/// it: it archives again, connects where the original did, and listens where the original did. With --swap it then takes the
+/// place of the original's data directory on the same host, which is kept beside it under a dated name. Start it as always.
+/// Everything that can stand in the way is looked for before anything is changed.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  walguard handover /srv/restored/00000001-000000001A2B3C40 --swap /var/lib/postgresql/15/main
+  walguard handover /srv/restored/00000001-000000001A2B3C40")]
+pub(crate) struct HandoverArgs {
+    /// The restored directory
+    #[arg(value_name = "RESTORED", value_hint = ValueHint::DirPath)]
+    pub(crate) restored: PathBuf,
+    /// The original's data directory, of a stopped server, on the same file system
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) swap: Option<PathBuf>,
+    /// Do not ask before it begins
+    #[arg(long, short = 'y')]
+    pub(crate) yes: bool,
+    /// Directory with PostgreSQL's programs of the cluster's major version
     #[arg(long, value_name = "DIR", env = "WALGUARD_PG_BIN_DIR", hide_env_values = true, value_hint = ValueHint::DirPath)]
     pub(crate) pg_bin_dir: Option<PathBuf>,
 }

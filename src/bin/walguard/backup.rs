@@ -7,10 +7,12 @@ use anyhow::Context as _;
 use serde::Serialize;
 use walguard::capture::{Checkpoint, Walsender};
 use walguard::repo::backup::{self, BackupError, BackupInfo, Config, Request, Taken};
+use walguard::settings::Source;
 
 use crate::Outcome;
 use crate::args::{BackupArgs, CheckpointMode};
 use crate::context::Context;
+use crate::rebuild;
 use crate::render;
 use crate::report::UsageError;
 
@@ -21,6 +23,13 @@ const WAL_PATIENCE: Duration = Duration::from_secs(600);
 const BAD_PAGES_SHOWN: usize = 20;
 
 pub(crate) async fn run(context: Context, args: BackupArgs) -> anyhow::Result<Outcome> {
+    if context.settings.source == Source::Logical {
+        return Box::pin(rebuild::bases(context, args)).await;
+    }
+    if args.database.is_some() {
+        let hint = "a copy of a server's files holds all its databases";
+        return Err(UsageError::with_hint("--database needs `source = \"logical\"`", hint).into());
+    }
     let config = config(&context, &args)?;
     let repository = context.repository().await?;
     let conninfo = context.conninfo()?;

@@ -2,28 +2,35 @@
 
 use std::fmt::Write as _;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::Serialize;
 use walguard::backoff::Chain;
 use walguard::capture::probe::{self, Finding, Level};
+use walguard::capture::{ConnInfo, logical};
 use walguard::capture::{SystemInfo, Walsender};
 use walguard::pg::{Lsn, TimelineHistory};
-use walguard::repo::Repository;
 use walguard::repo::backup::Origin;
 use walguard::repo::catalog::{Catalog, CatalogScope};
+use walguard::repo::changes::Header;
 use walguard::repo::cluster::ClusterIdentity;
+use walguard::repo::drills::Drill;
+use walguard::repo::{RepoError, Repository};
 use walguard::restore::binaries;
+use walguard::settings::Source;
 
 use crate::Outcome;
 use crate::args::CheckArgs;
-use crate::context::Context;
+use crate::context::{self, Context};
 use crate::render;
 
 /// WAL that may be on its way without anything being wrong: uploads in flight, and a segment that fills up.
 const BEHIND_BYTES_MAX: u64 = 64 << 20;
+
+/// Records of drills in which the last proof is looked for.
+const DRILLS_READ: usize = 20;
 
 /// The newest backup may be older than the interval by this factor: it takes time, and the next try may come later.
 const BACKUP_AGE_FACTOR: u32 = 2;
@@ -34,18 +41,36 @@ pub(crate) async fn run(context: Context, _: CheckArgs) -> anyhow::Result<Outcom
     let repository = context.repository().await?;
 
     let mut findings = Vec::new();
-    match probe::preflight(&conninfo, &context.settings.postgres).await {
+    let postgres = &context.settings.postgres;
+    let is_logical = context.settings.source == Source::Logical;
+    let preflight = match is_logical {
+        true => logical::preflight(&conninfo, &context.settings.logical, &postgres.slot).await,
+        false => probe::preflight(&conninfo, postgres).await,
+    };
+    match preflight {
         Ok(found) => findings.extend(found),
         Err(error) => findings.push(error_of("server", &error, error.hint())),
     }
-    let server = match Walsender::connect(&conninfo).await {
+    if is_logical {
+        for database in context.databases(&conninfo).iter().skip(1) {
+            check_database(&context, &conninfo.clone().with_dbname(database), &mut findings).await;
+        }
+    }
+    let connected = match is_logical {
+        true => Walsender::connect_to_database(&conninfo).await,
+        false => Walsender::connect(&conninfo).await,
+    };
+    let server = match connected {
         Ok(walsender) => ask(walsender).await,
         Err(_) => None, // the preflight has told
     };
     let identity = check_repository(&repository, server.as_ref(), &mut findings).await;
-    if let Some(identity) = &identity {
+    if is_logical {
+        check_changes(&context, &repository, server.as_ref(), &mut findings).await;
+    } else if let Some(identity) = &identity {
         check_archive(&context, &repository, server.as_ref(), &mut findings).await;
         check_programs(identity, &mut findings);
+        check_drills(&context, &repository, &mut findings).await;
     }
     check_spool(&context.settings.spool.dir, context.settings.spool.size_max.as_u64(), &mut findings);
     check_zone(&context, &mut findings);
@@ -56,6 +81,30 @@ pub(crate) async fn run(context: Context, _: CheckArgs) -> anyhow::Result<Outcom
         render::print(&report.text())?;
     }
     Ok(report.outcome())
+}
+
+/// What else is to be said of a further database than of the first.
+async fn check_database(context: &Context, conninfo: &ConnInfo, findings: &mut Vec<Finding>) {
+    let config = &context.settings.logical;
+    let found = async {
+        let survey = logical::Survey::ask(&logical::connect(conninfo).await?, config).await?;
+        let slot = logical::slot_of(&context.settings.postgres.slot, survey.database);
+        logical::preflight(conninfo, config, &slot).await
+    };
+    let known: Vec<_> = findings.iter().map(|finding| (finding.topic.clone(), finding.text.clone())).collect();
+    match found.await {
+        Ok(found) => {
+            let news = found.into_iter().filter(|found| !known.contains(&(found.topic.clone(), found.text.clone())));
+            findings.extend(
+                news.map(|found| Finding { text: format!("database {}: {}", conninfo.dbname(), found.text), ..found }),
+            );
+        }
+        Err(error) => {
+            let mut found = error_of("server", &error, error.hint());
+            found.text = format!("database {}: {}", conninfo.dbname(), found.text);
+            findings.push(found);
+        }
+    }
 }
 
 /// What the server says that the rest is compared with.
@@ -197,6 +246,59 @@ async fn check_archive(
     }
 }
 
+/// Whether there are change logs, and how far they are behind the server.
+async fn check_changes(
+    context: &Context,
+    repository: &Repository,
+    server: Option<&Server>,
+    findings: &mut Vec<Finding>,
+) {
+    let topic = "changes";
+    let last = async {
+        let mut last: Option<Header> = None;
+        for database in repository.changed_databases().await? {
+            if let Some(name) = repository.last_changes(database, Lsn::MAX).await? {
+                let header = repository.changes(name).await?.header;
+                last = Some(match last {
+                    Some(last) if last.to >= header.to => last,
+                    _ => header,
+                });
+            }
+        }
+        Ok::<_, RepoError>(last)
+    };
+    findings.push(match last.await {
+        Err(error) => error_of(topic, &error, error.hint()),
+        Ok(None) => warning(topic, "no changes are kept yet", "start the agent: `walguard run`"),
+        Ok(Some(last)) => {
+            let age = render::age(last.made_at, Timestamp::now());
+            let behind = server.map_or(0, |server| server.system.flush_lsn.saturating_sub(last.to));
+            let text = format!(
+                "of {} kept to {}, {} behind the server, last written {age}",
+                last.database_name,
+                last.to,
+                render::bytes(behind)
+            );
+            if behind > BEHIND_BYTES_MAX {
+                warning(topic, text, "is the agent running, and keeping up? `walguard status` tells")
+            } else {
+                finding(Level::Ok, topic, text)
+            }
+        }
+    });
+    match repository.catalog(CatalogScope::WithoutWal).await {
+        Ok(catalog) => findings.extend(catalog.gaps.iter().map(|gap| {
+            let at = render::time(render::whole_seconds(gap.at), &context.zone);
+            warning(
+                "gap",
+                format!("changes from {} to {} were lost, noticed {at}: {}", gap.from, gap.to, gap.reason),
+                "one slot serves one agent; let it hold more WAL (max_slot_wal_keep_size)",
+            )
+        })),
+        Err(error) => findings.push(error_of(topic, &error, error.hint())),
+    }
+}
+
 /// How far the archive is behind the server, and whether it is whole `from` there.
 fn freshness(catalog: &Catalog, server: &Server, from: Option<Lsn>, now: Timestamp) -> Finding {
     let Server { system, .. } = server;
@@ -265,7 +367,7 @@ fn check_spool(dir: &Path, size_max: u64, findings: &mut Vec<Finding>) {
 /// Whether a restore finds PostgreSQL's programs here. It may well run on another machine, so this is no error.
 fn check_programs(identity: &ClusterIdentity, findings: &mut Vec<Finding>) {
     let (topic, major) = ("restore", identity.server_version.major());
-    let given = std::env::var_os("WALGUARD_PG_BIN_DIR").filter(|dir| !dir.is_empty()).map(PathBuf::from);
+    let given = context::pg_bin_dir();
     findings.push(match binaries::find(major, given.as_deref(), std::env::var_os("PATH").as_deref()) {
         Ok(found) => finding(
             Level::Ok,
@@ -278,6 +380,75 @@ fn check_programs(identity: &ClusterIdentity, findings: &mut Vec<Finding>) {
             "install its server where you would restore, or name its directory with WALGUARD_PG_BIN_DIR",
         ),
     });
+}
+
+/// Whether a restore was proved to work, and whether that will go on.
+async fn check_drills(context: &Context, repository: &Repository, findings: &mut Vec<Finding>) {
+    let (topic, config, now) = ("drill", &context.settings.drill, Timestamp::now());
+    let drills = match repository.drills(DRILLS_READ).await {
+        Ok(drills) => drills,
+        Err(error) => return findings.push(error_of(topic, &error, error.hint())),
+    };
+    let is_root = rustix::process::geteuid().is_root();
+    if !config.every.is_zero() && is_root {
+        findings.push(warning(
+            topic,
+            "run as root, as this is, the agent can make no drill: PostgreSQL does not run as root",
+            "run it as the user that PostgreSQL runs as, or let that user's timer run `walguard drill`",
+        ));
+    }
+    if !config.every.is_zero() {
+        let backups = repository.backups().await.unwrap_or_default(); // told elsewhere
+        let needed = backups.iter().max_by_key(|backup| backup.stop_time).map_or(0, |backup| backup.content_bytes);
+        findings.extend(check_scratch(&config.scratch_dir, needed));
+    }
+    let proven = drills.iter().rfind(|drill| drill.problem().is_none());
+    let look = "see them with `walguard drill list`, and make one with `walguard drill`";
+    if let Some((last, problem)) = drills.last().and_then(|last| Some((last, last.problem()?))) {
+        let ended = render::age(last.finished_at, now);
+        let hint = last.hint.as_deref().unwrap_or(look);
+        findings.push(warning(topic, format!("the last one, {ended}, {}: {problem}", last.outcome.as_str()), hint));
+        return;
+    }
+    let age = |drill: &Drill| Duration::try_from(now.duration_since(drill.finished_at)).unwrap_or_default();
+    findings.push(match (proven, config.age_max()) {
+        (Some(proven), Some(max)) if age(proven) > max => {
+            let text = format!("a restore was last proved to work {}", render::age(proven.finished_at, now));
+            warning(topic, format!("{text}, and should be every {}", render::duration(max)), look)
+        }
+        (Some(proven), _) => {
+            let text = format!("a restore was proved to work {}", render::age(proven.finished_at, now));
+            finding(Level::Ok, topic, text)
+        }
+        (None, Some(_)) => finding(Level::Ok, topic, "none was made yet; the agent makes one when it is due"),
+        (None, None) => Finding {
+            hint: Some("set `drill.every`, or make one now with `walguard drill`".to_owned()),
+            ..finding(Level::Ok, topic, "none is set up: nothing proves that a restore works before you need it")
+        },
+    });
+}
+
+/// Whether a drill can write where it should, and a base backup of `needed` bytes has room there.
+fn check_scratch(dir: &Path, needed: u64) -> Option<Finding> {
+    let (topic, shown) = ("drill", dir.display());
+    // The directory itself is made, those above it are not.
+    let existing = [Some(dir), dir.parent()].into_iter().flatten().find(|place| place.exists());
+    let Some(existing) = existing else {
+        let hint = "make it, for the agent's user, or name another with `drill.scratch_dir`";
+        return Some(warning(topic, format!("{shown} is not there, nor what it would lie in"), hint));
+    };
+    if let Err(problem) = rustix::fs::access(existing, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK) {
+        let problem = io::Error::from(problem);
+        let hint = "let the agent's user write there, or name another place with `drill.scratch_dir`";
+        return Some(warning(topic, format!("{} cannot be written: {problem}", existing.display()), hint));
+    }
+    let disk = rustix::fs::statvfs(existing).ok()?;
+    let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+    (free / 100 * 90 < needed).then(|| {
+        let (free, needed) = (render::bytes(free), render::bytes(needed));
+        let hint = "make room, or name a larger disk with `drill.scratch_dir`";
+        warning(topic, format!("{shown} has {free} free, and a restored backup takes {needed}"), hint)
+    })
 }
 
 /// Which zone a time without one is read in. A machine without a zone reads all times in UTC, which surprises at 3 am.
@@ -363,6 +534,16 @@ mod tests {
         assert_eq!(report(&[Level::Ok]), Outcome::Done);
         assert_eq!(report(&[Level::Ok, Level::Warning]), Outcome::Attention);
         assert_eq!(report(&[Level::Warning, Level::Error, Level::Ok]), Outcome::Failed(1));
+    }
+
+    #[test]
+    fn a_drill_without_a_place_or_without_room_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let told = |dir: &Path, needed| check_scratch(dir, needed).map(|finding| finding.text).unwrap_or_default();
+        assert_eq!(told(folder.path(), 1), "");
+        assert_eq!(told(&folder.path().join("new"), 1), "");
+        assert!(told(&folder.path().join("not/there"), 1).contains("is not there"));
+        assert!(told(folder.path(), u64::MAX).contains("free"));
     }
 
     #[test]

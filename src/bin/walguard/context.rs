@@ -8,12 +8,18 @@ use jiff::tz::TimeZone;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use walguard::capture::{ConnInfo, Environment};
+use walguard::notify::Reach;
 use walguard::progress::Progress;
 use walguard::repo::Repository;
-use walguard::settings::Settings;
+use walguard::settings::{Settings, Source};
 
 use crate::args::GlobalArgs;
 use crate::report::UsageError;
+
+/// Where PostgreSQL's programs are, for verbs without a flag that names it.
+pub(crate) fn pg_bin_dir() -> Option<PathBuf> {
+    std::env::var_os("WALGUARD_PG_BIN_DIR").filter(|dir| !dir.is_empty()).map(PathBuf::from)
+}
 
 /// What a verb works with.
 #[derive(Debug)]
@@ -22,6 +28,9 @@ pub(crate) struct Context {
     pub(crate) settings: Settings,
     /// The settings file, if there is one. Child processes are given the same.
     pub(crate) config: Option<PathBuf>,
+    /// Flags that name the settings file, and repository and cluster where it does not: with them another call, from
+    /// any directory and without our environment, reaches the same. Credentials are never among them.
+    pub(crate) flags: Vec<String>,
     /// True if a program reads what we print.
     pub(crate) json: bool,
     /// The zone in which times without a zone are read, and in which times are shown beside UTC.
@@ -38,6 +47,15 @@ impl Context {
         Self::overlaid(settings, args)
     }
 
+    /// What commands need that we print for people.
+    pub(crate) fn reach(&self) -> Reach {
+        Reach {
+            flags: self.flags.clone(),
+            restore_dir: self.settings.restore.target_dir.clone(),
+            is_logical: self.settings.source == Source::Logical,
+        }
+    }
+
     /// As [`Context::load`], but the settings file need not be there yet.
     pub(crate) fn load_or_begin(args: &GlobalArgs) -> anyhow::Result<Self> {
         match &args.config {
@@ -47,6 +65,7 @@ impl Context {
     }
 
     fn overlaid(mut settings: Settings, args: &GlobalArgs) -> anyhow::Result<Self> {
+        let in_file = (settings.cluster.clone(), as_url(&settings.repository.url)?);
         if let Some(cluster) = &args.cluster {
             settings.cluster.clone_from(cluster);
         }
@@ -60,7 +79,18 @@ impl Context {
         if let Some(dir) = &args.spool {
             settings.spool.dir.clone_from(dir);
         }
-        Self::new(settings, args)
+        let mut flags = Vec::new();
+        if let Some(config) = &args.config {
+            let config = std::path::absolute(config).unwrap_or_else(|_| config.clone());
+            flags.extend(["--config".to_owned(), config.display().to_string()]);
+        }
+        let named = (&settings.cluster, &settings.repository.url);
+        for (flag, value, in_file) in [("--repo", named.1, &in_file.1), ("--cluster", named.0, &in_file.0)] {
+            if value != in_file {
+                flags.extend([flag.to_owned(), value.clone()]);
+            }
+        }
+        Ok(Self { flags, ..Self::new(settings, args)? })
     }
 
     /// For verbs that bring their own settings.
@@ -70,7 +100,7 @@ impl Context {
 
     fn new(settings: Settings, args: &GlobalArgs) -> anyhow::Result<Self> {
         let zone = settings.time.zone().map_err(UsageError::new)?;
-        Ok(Self { settings, config: args.config.clone(), json: args.json, zone })
+        Ok(Self { settings, config: args.config.clone(), flags: Vec::new(), json: args.json, zone })
     }
 
     /// The cluster's name.
@@ -81,6 +111,12 @@ impl Context {
             return Err(UsageError::with_hint("no cluster is named", hint).into());
         }
         Ok(name)
+    }
+
+    /// The databases whose changes are read by logical replication: that of the connection string first.
+    pub(crate) fn databases(&self, conninfo: &ConnInfo) -> Vec<String> {
+        let others = self.settings.logical.databases.iter().filter(|name| *name != conninfo.dbname());
+        std::iter::once(conninfo.dbname()).chain(others.map(String::as_str)).map(str::to_owned).collect()
     }
 
     /// How to reach the server. Without a connection string it comes from `PG*` variables alone, as with `psql`; if there

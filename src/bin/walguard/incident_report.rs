@@ -1,12 +1,13 @@
 //! An incident as a document that can be sent to a customer after reading: Markdown, or HTML.
 
 use std::fmt::Write as _;
-use std::path::Path;
 
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use walguard::detect::incident::{Incident, IncidentTransaction, Rows, TransactionState, grouped};
 use walguard::detect::{DdlKind, Who, WhoSource};
+use walguard::notify::Reach;
+use walguard::notify::message::{self, Command};
 
 use crate::incidents::{fate, state_in_words};
 use crate::render;
@@ -15,7 +16,8 @@ use crate::render;
 #[derive(Debug)]
 pub(crate) struct Place<'a> {
     pub(crate) cluster: &'a str,
-    pub(crate) config: Option<&'a Path>,
+    /// How whoever reads it reaches the same repository.
+    pub(crate) reach: Reach,
     pub(crate) zone: &'a TimeZone,
     pub(crate) at: Timestamp,
 }
@@ -257,26 +259,8 @@ fn done(incident: &Incident, place: &Place<'_>, add: &mut Vec<Block>) {
     add.push(Block::Items(items));
 }
 
-/// The commands that go back to just before it; none if nothing is committed.
-pub(crate) fn commands(incident: &Incident, config: Option<&Path>) -> Vec<String> {
-    if incident.first_harm.is_none() {
-        return Vec::new();
-    }
-    let config = config.map(|path| format!(" --config {}", shell(&path.display().to_string()))).unwrap_or_default();
-    vec![
-        format!("walguard restore{config} --to before:{} --target-dir /srv/restored --dry-run", incident.id),
-        format!("walguard restore{config} --to before:{} --target-dir /srv/restored", incident.id),
-    ]
-}
-
-/// A word for a shell.
-fn shell(word: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '/' | '.' | '_' | '-');
-    if word.chars().all(plain) { word.to_owned() } else { format!("'{}'", word.replace('\'', "'\\''")) }
-}
-
 fn recovery(incident: &Incident, place: &Place<'_>, add: &mut Vec<Block>) {
-    let commands = commands(incident, place.config);
+    let commands = message::way_back(incident, &place.reach);
     if commands.is_empty() {
         let text = if incident.is_condition() {
             "There is nothing to restore: no data was changed."
@@ -287,11 +271,14 @@ fn recovery(incident: &Incident, place: &Place<'_>, add: &mut Vec<Block>) {
         return;
     }
     add.push(Block::Paragraph(
-        "Rebuild the database in an empty directory as it was just before the first harm. Everything that was committed before \
-         it is kept, and the running database is not touched. The first command only shows the plan."
+        "Everything that was committed before the first harm is kept, and nothing else. What was committed after it is lost \
+         with a whole restore: the plan tells what that is."
             .to_owned(),
     ));
-    add.push(Block::Code(commands.join("\n")));
+    for Command { purpose, command } in commands {
+        add.push(Block::Paragraph(format!("{purpose}:")));
+        add.push(Block::Code(command));
+    }
 }
 
 fn unknown(incident: &Incident, add: &mut Vec<Block>) {
@@ -507,7 +494,11 @@ mod tests {
     fn written() -> Document {
         let place = Place {
             cluster: "main",
-            config: Some(Path::new("/etc/wal guard.toml")),
+            reach: Reach {
+                flags: ["--config", "/etc/wal guard.toml"].map(str::to_owned).into(),
+                restore_dir: "/srv/restored".into(),
+                is_logical: false,
+            },
             zone: &TimeZone::UTC,
             at: Timestamp::UNIX_EPOCH,
         };
@@ -523,7 +514,8 @@ mod tests {
             "about 1,200",
             "role app",
             "certain: the session was seen",
-            "walguard restore --config '/etc/wal guard.toml' --to before:00000001-000000001A2B3C40 --target-dir /srv/restored",
+            "walguard restore --to before:00000001-000000001A2B3C40 \
+             --target-dir /srv/restored/00000001-000000001A2B3C40 --action promote --yes --config '/etc/wal guard.toml'",
             "it goes back to an estimate",
         ] {
             assert!(text.contains(part), "{part}\n{text}");
@@ -542,6 +534,6 @@ mod tests {
     #[test]
     fn what_is_not_committed_has_no_way_back() {
         let incident = Incident { first_harm: None, state: State::Aborted, ..incident() };
-        assert!(commands(&incident, None).is_empty());
+        assert!(message::way_back(&incident, &Reach::default()).is_empty());
     }
 }

@@ -2,15 +2,19 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::io::Write as _;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use jiff::Timestamp;
 use walguard::detect::incident::{AnswerError, Incident, Rows, Signature, State, TableDamage, grouped};
-use walguard::detect::{Severity, Who, WhoSource};
+use walguard::detect::{Relation, Severity, Who, WhoSource};
+use walguard::notify::message::{self, Command};
+use walguard::repo::evidence;
 use walguard::repo::{RepoError, Repository};
 
 use crate::Outcome;
-use crate::args::{AnswerArgs, IncidentArgs, IncidentsArgs, IncidentsVerb, ReportArgs};
+use crate::args::{AnswerArgs, IncidentArgs, IncidentsArgs, IncidentsVerb, ReportArgs, RowsArgs};
 use crate::context::Context;
 use crate::incident_report;
 use crate::render;
@@ -43,6 +47,7 @@ pub(crate) async fn run(context: Context, args: IncidentsArgs) -> anyhow::Result
         Some(IncidentsVerb::Ack(args)) => answer(&context, &repository, args, Incident::acknowledge).await,
         Some(IncidentsVerb::Resolve(args)) => answer(&context, &repository, args, Incident::resolve).await,
         Some(IncidentsVerb::Report(args)) => report(&context, &repository, args).await,
+        Some(IncidentsVerb::Rows(args)) => rows(&repository, args).await,
     }
 }
 
@@ -206,7 +211,7 @@ async fn report(context: &Context, repository: &Repository, args: ReportArgs) ->
     let incident = find(repository, &args.id, None).await?;
     let place = incident_report::Place {
         cluster: &context.settings.cluster,
-        config: context.config.as_deref(),
+        reach: context.reach(),
         zone: &context.zone,
         at: Timestamp::now(),
     };
@@ -217,6 +222,50 @@ async fn report(context: &Context, repository: &Repository, args: ReportArgs) ->
             .map_err(|error| anyhow::Error::new(error).context(format!("write {}", path.display())))?,
         None => render::print(&text)?,
     }
+    Ok(Outcome::Done)
+}
+
+/// Prints the rows that were saved as a script for psql.
+async fn rows(repository: &Repository, args: RowsArgs) -> anyhow::Result<Outcome> {
+    let incident = find(repository, &args.id, None).await?;
+    let is_wanted = |name: &str| args.table.is_empty() || args.table.iter().any(|table| table == name);
+    let mut databases: BTreeMap<&str, Vec<&Relation>> = BTreeMap::new();
+    let mut wanted = 0;
+    for saved in incident.evidence.iter().filter(|saved| saved.rows > 0 && is_wanted(&saved.table)) {
+        wanted += 1;
+        let mut relations = incident.tables.iter().filter_map(|table| table.relation.as_ref());
+        let is_it = |one: &&Relation| saved.table == format!("{}.{}.{}", one.database_name, one.schema, one.name);
+        let relation =
+            relations.find(is_it).with_context(|| format!("find the table {} in the incident", saved.table))?;
+        databases.entry(&relation.database_name).or_default().push(relation);
+    }
+    if wanted == 0 {
+        let hint = "`walguard incidents report` says of which tables rows were saved, and why not of others";
+        let id = &incident.id;
+        return Err(UsageError::with_hint(format!("no rows of incident {id} were saved"), hint).into());
+    }
+    let mut out = std::io::BufWriter::new(std::io::stdout().lock());
+    let broken = |error| anyhow::Error::from(render::PrintError::from(error));
+    writeln!(out, "-- Rows that incident {} took, in one transaction for each database. For psql.", incident.id)
+        .map_err(broken)?;
+    for (database, relations) in databases {
+        // A line's end in a name would begin a command of its own.
+        anyhow::ensure!(!database.contains(['\n', '\r']), "the database {database:?} cannot be named in a script");
+        let name = database.replace('"', "\"\"");
+        writeln!(out, "\\connect \"{name}\"\nSET client_encoding = 'UTF8';\nBEGIN;").map_err(broken)?;
+        // What refers to others was deleted before them, and comes back behind them.
+        for relation in relations.iter().rev() {
+            let Relation { schema, name, .. } = relation;
+            let stored = repository.evidence(&incident.id, schema, name).await?;
+            let stored = stored.with_context(|| format!("the rows of {} are gone", relation.full_name()))?;
+            let decoder = zstd::stream::read::Decoder::with_buffer(&stored[..]).context("decompress saved rows")?;
+            let mut csv = std::io::BufReader::new(decoder);
+            evidence::write_copy(&mut csv, schema, name, &mut out)
+                .with_context(|| format!("print the rows of {}", relation.full_name()))?;
+        }
+        writeln!(out, "COMMIT;").map_err(broken)?;
+    }
+    out.flush().map_err(broken)?;
     Ok(Outcome::Done)
 }
 
@@ -272,12 +321,8 @@ fn text(incident: &Incident, context: &Context) -> String {
     for note in &incident.notes {
         let _ = writeln!(text, "note: {}", render::printable(note));
     }
-    let commands = incident_report::commands(incident, context.config.as_deref());
-    if !commands.is_empty() {
-        let _ = writeln!(text, "\nto go back to just before it:");
-        for command in commands {
-            let _ = writeln!(text, "  {command}");
-        }
+    for Command { purpose, command } in message::way_back(incident, &context.reach()) {
+        let _ = writeln!(text, "\n{purpose}:\n  {command}");
     }
     text
 }
@@ -314,6 +359,9 @@ pub(crate) fn fate(damage: &TableDamage) -> String {
         if is {
             words.push(word.to_owned());
         }
+    }
+    if let Some(formerly) = &damage.formerly {
+        words.push(render::printable(&format!("was {formerly}")));
     }
     if let Some(parent) = &damage.partition_of {
         words.push(render::printable(&format!("partition of {parent}")));

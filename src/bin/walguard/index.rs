@@ -42,7 +42,7 @@ async fn rebuild(context: Context, args: IndexRebuildArgs) -> anyhow::Result<Out
     if context.json {
         render::print_json(&rebuilt)?;
     } else {
-        render::print(&rebuilt_text(&rebuilt))?;
+        render::print(&rebuilt_text(&rebuilt, options))?;
     }
     Ok(if rebuilt.complete && rebuilt.failed_total == 0 { Outcome::Done } else { Outcome::Attention })
 }
@@ -61,7 +61,7 @@ fn place_of(text: &str, size: SegmentSize) -> anyhow::Result<(Lsn, Lsn)> {
     }
 }
 
-fn rebuilt_text(rebuilt: &Rebuilt) -> String {
+fn rebuilt_text(rebuilt: &Rebuilt, options: Options) -> String {
     let mut text = String::new();
     let _ = writeln!(
         text,
@@ -82,6 +82,9 @@ fn rebuilt_text(rebuilt: &Rebuilt) -> String {
     let hidden = rebuilt.failed_total.saturating_sub(SHOWN as u64);
     if hidden > 0 {
         let _ = writeln!(text, "... and {hidden} more; --json shows up to a thousand");
+    }
+    if !options.check && !options.all {
+        text += "indexes that were there were not read: --check finds damaged ones and replaces them\n";
     }
     if !rebuilt.complete {
         text += "stopped before the end; the same command goes on from here\n";

@@ -5,11 +5,12 @@ use std::fmt::Write as _;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use serde::Serialize;
-use walguard::pg::CommitPoint;
+use walguard::pg::{CommitPoint, Lsn, Oid};
 use walguard::repo::catalog::{BackupInfo, Catalog, CatalogScope, Damage, LsnRange, Window};
 use walguard::repo::cluster::ClusterIdentity;
 use walguard::repo::gap::Gap;
-use walguard::repo::{RepoError, UnfinishedBackup};
+use walguard::repo::{RepoError, Repository, UnfinishedBackup};
+use walguard::settings::Source;
 
 use crate::Outcome;
 use crate::args::ListArgs;
@@ -18,6 +19,9 @@ use crate::render;
 
 pub(crate) async fn run(context: Context, _args: ListArgs) -> anyhow::Result<Outcome> {
     let repository = context.repository().await?;
+    if context.settings.source == Source::Logical {
+        return of_changes(&context, &repository).await;
+    }
     let catalog = repository.catalog(CatalogScope::Everything).await?;
     let unfinished_backups = repository.unfinished_backups().await?;
     let mut restorable = Vec::new();
@@ -45,6 +49,134 @@ pub(crate) async fn run(context: Context, _args: ListArgs) -> anyhow::Result<Out
         render::print(&listing.text(Timestamp::now(), &context.zone))?;
     }
     Ok(if listing.damaged.is_empty() { Outcome::Done } else { Outcome::Attention })
+}
+
+/// What there is of changes that logical replication told.
+#[derive(Debug, Serialize)]
+struct ChangeListing {
+    repository: String,
+    cluster: ClusterIdentity,
+    databases: Vec<ChangeLog>,
+    gaps: Vec<Gap>,
+}
+
+#[derive(Debug, Serialize)]
+struct ChangeLog {
+    database: String,
+    oid: Oid,
+    timeline: walguard::pg::TimelineId,
+    objects: usize,
+    /// Changes of transactions that committed behind this place ...
+    from: Lsn,
+    /// ... and up to this one are there.
+    to: Lsn,
+    first_made_at: Timestamp,
+    last_made_at: Timestamp,
+    /// From which it can be rebuilt.
+    bases: Vec<Base>,
+}
+
+#[derive(Debug, Serialize)]
+struct Base {
+    label: String,
+    time: Timestamp,
+    consistent: Lsn,
+    rows: u64,
+    tables: usize,
+    content_bytes: u64,
+    stored_bytes: u64,
+    left_out: Vec<String>,
+}
+
+async fn of_changes(context: &Context, repository: &Repository) -> anyhow::Result<Outcome> {
+    let catalog = repository.catalog(CatalogScope::WithoutWal).await?;
+    let mut databases = Vec::new();
+    for oid in repository.changed_databases().await? {
+        let names = repository.changes_after(oid, None).await?;
+        let (Some(first), Some(last)) = (names.first(), names.last()) else { continue };
+        let (first, last) = (repository.changes(*first).await?.header, repository.changes(*last).await?.header);
+        let bases = repository.bases(oid).await?.into_iter().map(|base| Base {
+            label: base.label,
+            time: base.time,
+            consistent: base.consistent,
+            rows: base.tables.iter().map(|table| table.rows).sum(),
+            tables: base.tables.len(),
+            content_bytes: base.content_bytes,
+            stored_bytes: base.stored_bytes,
+            left_out: base.left_out,
+        });
+        databases.push(ChangeLog {
+            bases: bases.collect(),
+            database: last.database_name,
+            oid,
+            timeline: last.timeline,
+            objects: names.len(),
+            from: first.name.from,
+            to: last.to,
+            first_made_at: first.made_at,
+            last_made_at: last.made_at,
+        });
+    }
+    let listing =
+        ChangeListing { repository: repository.url(), cluster: catalog.identity, databases, gaps: catalog.gaps };
+    if context.json {
+        render::print_json(&listing)?;
+    } else {
+        render::print(&listing.text(Timestamp::now(), &context.zone))?;
+    }
+    Ok(Outcome::Done)
+}
+
+impl ChangeListing {
+    fn text(&self, now: Timestamp, zone: &TimeZone) -> String {
+        let Self { repository, cluster, .. } = self;
+        let mut text = format!(
+            "{repository}: PostgreSQL {}, system {}, changes by logical replication\n\n",
+            cluster.server_version.major(),
+            cluster.system_id
+        );
+        if self.databases.is_empty() {
+            text += "no changes are kept yet; start the agent with `walguard run`\n\n";
+        } else {
+            let mut table = render::table(["database", "from", "to", "from LSN", "to LSN", "objects", "age"]);
+            for log in &self.databases {
+                table.add_row([
+                    log.database.clone(),
+                    render::time(render::whole_seconds(log.first_made_at), zone),
+                    render::time(render::whole_seconds(log.last_made_at), zone),
+                    log.from.to_string(),
+                    log.to.to_string(),
+                    log.objects.to_string(),
+                    render::age(log.last_made_at, now),
+                ]);
+            }
+            text += &(render::table_text(&table) + "\n");
+            let mut table = render::table(["database", "base", "of", "age", "at", "rows", "stored", "state"]);
+            for log in &self.databases {
+                for base in &log.bases {
+                    table.add_row([
+                        log.database.clone(),
+                        base.label.clone(),
+                        render::time(render::whole_seconds(base.time), zone),
+                        render::age(base.time, now),
+                        base.consistent.to_string(),
+                        render::number(base.rows),
+                        render::bytes(base.stored_bytes),
+                        if base.left_out.is_empty() { "whole".to_owned() } else { base.left_out.join("; ") },
+                    ]);
+                }
+            }
+            text += &match self.databases.iter().all(|log| log.bases.is_empty()) {
+                true => "no base: nothing can be rebuilt; take one with `walguard backup`\n\n".to_owned(),
+                false => render::table_text(&table) + "\n",
+            };
+        }
+        for gap in &self.gaps {
+            let at = render::time(render::whole_seconds(gap.at), zone);
+            let _ = writeln!(text, "gap from {} to {}, noticed {at}: {}", gap.from, gap.to, gap.reason);
+        }
+        text
+    }
 }
 
 /// What there is.

@@ -7,8 +7,10 @@ mod choose;
 mod completions;
 mod context;
 mod demo;
+mod drill;
 mod expire;
 mod guard;
+mod handover;
 mod incident_report;
 mod incidents;
 mod index;
@@ -17,6 +19,7 @@ mod list;
 mod logging;
 mod notify;
 mod progress;
+mod rebuild;
 mod render;
 mod report;
 mod restore;
@@ -34,6 +37,7 @@ use std::process::ExitCode;
 use clap::Parser as _;
 use tikv_jemalloc_ctl::{Access as _, AsName as _};
 use walguard::restore::wal_fetch::STOP_RECOVERY;
+use walguard::settings::Source;
 
 use args::{Cli, Verb};
 use context::Context;
@@ -115,15 +119,18 @@ async fn run(cli: Cli) -> anyhow::Result<Outcome> {
         verb => verb,
     };
     let context = Context::load(&cli.global)?;
+    refuse_without_wal(&context, &verb)?;
     match verb {
         Verb::Check(args) => check::run(context, args).await,
-        Verb::Run(args) => run::run(context, args).await,
+        Verb::Run(args) => Box::pin(run::run(context, args)).await,
         Verb::Backup(args) => backup::run(context, args).await,
         Verb::List(args) => list::run(context, args).await,
         Verb::Status(args) => Box::pin(status::run(context, args)).await,
         Verb::Incidents(args) => Box::pin(incidents::run(context, args)).await,
         Verb::Silence(args) => Box::pin(silence::run(context, args)).await,
-        Verb::Restore(args) => restore::run(context, args).await,
+        Verb::Restore(args) => Box::pin(restore::run(context, args)).await,
+        Verb::Drill(args) => Box::pin(drill::run(context, args)).await,
+        Verb::Handover(args) => handover::run(context, args).await,
         Verb::Verify(args) => verify::run(context, args).await,
         Verb::Expire(args) => expire::run(context, args).await,
         Verb::Guard(args) => guard::run(context, args).await,
@@ -135,6 +142,23 @@ async fn run(cli: Cli) -> anyhow::Result<Outcome> {
         Verb::WalFetch(args) => wal_fetch::run(context, &cli.global, args).await,
         Verb::Completions(_) | Verb::Demo(_) | Verb::Init(_) => unreachable!("these ran above"),
     }
+}
+
+/// Verbs that work on WAL have nothing to do where changes come by logical replication.
+fn refuse_without_wal(context: &Context, verb: &Verb) -> Result<(), report::UsageError> {
+    let name = match verb {
+        Verb::Drill(_) => "drill",
+        Verb::Index(_) => "index",
+        Verb::Wal(_) => "wal explain",
+        Verb::WalPush(_) => "wal-push",
+        Verb::WalFetch(_) => "wal-fetch",
+        _ => return Ok(()),
+    };
+    if context.settings.source == Source::Physical {
+        return Ok(());
+    }
+    let hint = "what works with `source = \"logical\"` stands in the README, under \"Managed services\"";
+    Err(report::UsageError::with_hint(format!("`{name}` needs the server's WAL, and this source is logical"), hint))
 }
 
 #[cfg(test)]
@@ -150,7 +174,8 @@ mod tests {
 
     #[test]
     fn every_command_in_the_readme_and_in_the_help_is_understood() {
-        let mut texts = vec![include_str!("../../../README.md").to_owned()];
+        let pages = [include_str!("../../../README.md"), include_str!("../../../docs/patroni.md")];
+        let mut texts = pages.map(str::to_owned).to_vec();
         let command = Cli::command();
         let commands = command.get_subcommands().chain([&command]);
         texts.extend(commands.filter_map(|command| Some(command.get_after_help()?.to_string())));

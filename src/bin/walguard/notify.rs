@@ -38,7 +38,7 @@ async fn test(context: &Context, args: NotifyTestArgs) -> anyhow::Result<Outcome
     let setting = Setting {
         // What it is called in the message; a channel can be tried before there is a cluster.
         cluster: context.cluster().unwrap_or("unnamed").to_owned(),
-        config: context.config.clone(),
+        reach: context.reach(),
         zone: context.zone.clone(),
     };
     let mut tried = Vec::new();

@@ -9,12 +9,14 @@ use walguard::notify::OpenError;
 use walguard::repo::RepoError;
 use walguard::repo::archiver::ArchiveError;
 use walguard::repo::backup::BackupError;
+use walguard::repo::bases::BaseError;
 use walguard::repo::index::walk::WalkError;
 use walguard::repo::lease::LeaseError;
 use walguard::repo::store::StoreError;
 use walguard::repo::wal_push::PushError;
 use walguard::restore::error::RestoreError;
 use walguard::restore::extract::ExtractError;
+use walguard::restore::rebuild::RebuildError;
 use walguard::restore::target::TargetError;
 use walguard::restore::wal_fetch::FetchError;
 use walguard::settings::SettingsError;
@@ -106,7 +108,7 @@ fn verdict(cause: &(dyn std::error::Error + 'static)) -> Option<Verdict> {
         };
     }
     judged!(CaptureError, SpoolError, StoreError, RepoError, LeaseError, BackupError, ExtractError, RestoreError);
-    judged!(ArchiveError, PushError, FetchError);
+    judged!(ArchiveError, PushError, FetchError, BaseError, RebuildError);
     None
 }
 

@@ -1,33 +1,52 @@
 //! `walguard restore`.
 
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use serde::Serialize;
+use tokio_util::sync::CancellationToken;
 use walguard::pg::{PgTime, Xid};
+use walguard::progress::Progress;
+use walguard::restore::handover::{self, HandedOver};
 use walguard::restore::loss::{self, Loss, TableRows};
 use walguard::restore::plan::{self, Request, RestorePlan, Transaction};
+use walguard::restore::proof::{self, Point, Reach, Verdict, Wanted};
 use walguard::restore::recovery::FetchCommand;
-use walguard::restore::run::{self as execute, Options, RestoreReport, Start};
-use walguard::restore::{Listen, Target};
-use walguard::settings::Settings;
+use walguard::restore::run::{self as execute, Options, RestoreReport, Running, Start};
+use walguard::restore::{Listen, RestoreError, Target};
+use walguard::settings::Source;
 
 use crate::Outcome;
 use crate::args::{Action, RestoreArgs};
 use crate::choose;
 use crate::context::Context;
+use crate::drill::points_text;
+use crate::rebuild;
 use crate::render;
 use crate::report::UsageError;
 
+/// How long the commit with which an incident began is waited for, where it is not archived yet.
+const ARCHIVE_PATIENCE: Duration = Duration::from_secs(10);
+
 pub(crate) async fn run(context: Context, args: RestoreArgs) -> anyhow::Result<Outcome> {
     let named = named_target(&context, &args)?;
+    if args.into.is_some() || context.settings.source == Source::Logical {
+        return Box::pin(rebuild::run(context, &args, named.ok_or_else(no_target)?)).await;
+    }
+    if args.partial || !args.only.is_empty() || args.database.is_some() {
+        let hint = "with the server's WAL a restore brings back the whole cluster; copy tables out of it then";
+        return Err(UsageError::with_hint("--partial, --only and --database need `source = \"logical\"`", hint).into());
+    }
     let options = options(&args)?;
     if !args.dry_run {
         execute::refuse_root()?; // before minutes are spent on a plan
+        if let Some(old) = &args.swap {
+            handover::check_before(&options.target_dir, old)?;
+        }
     }
     let fetch = fetch_command(&context)?;
     let repo = context.repository().await?;
@@ -43,7 +62,19 @@ pub(crate) async fn run(context: Context, args: RestoreArgs) -> anyhow::Result<O
     if !context.json {
         eprint_target(&request.target, &context.zone);
     }
-    let plan = plan::plan(&repo, &request, &*progress, &cancel).await.context("plan the restore")?;
+    let plan = loop {
+        match plan::plan(&repo, &request, &*progress, &cancel).await {
+            // An alarm is there within a moment of the commit, and somebody may be as fast; the archive is a second behind.
+            Err(error @ RestoreError::Unreachable { not_yet: true, .. })
+                if matches!(request.target, Target::Before(_)) && began.elapsed() < ARCHIVE_PATIENCE =>
+            {
+                tracing::info!("waits for the archive: {error}");
+                let pause = tokio::time::sleep(Duration::from_millis(500));
+                cancel.run_until_cancelled(pause).await.ok_or(RestoreError::Cancelled)?;
+            }
+            plan => break plan.context("plan the restore")?,
+        }
+    };
     let planned = began.elapsed();
     // It is there to be looked at before somebody says yes.
     let loss = match args.dry_run || !args.yes {
@@ -52,7 +83,13 @@ pub(crate) async fn run(context: Context, args: RestoreArgs) -> anyhow::Result<O
     };
     if args.dry_run {
         match context.json {
-            true => render::print_json(&Told { plan: &plan, loss: loss.as_ref(), restore: None })?,
+            true => render::print_json(&Told {
+                plan: &plan,
+                loss: loss.as_ref(),
+                restore: None,
+                proof: None,
+                handover: None,
+            })?,
             false => render::print(&plan_text(&plan, loss.as_ref(), &args, &context.zone))?,
         }
         return Ok(Outcome::Done);
@@ -66,11 +103,66 @@ pub(crate) async fn run(context: Context, args: RestoreArgs) -> anyhow::Result<O
     }
     let report = execute::run(&repo, &plan, &prepared, &options, &fetch, &*progress, &cancel).await;
     let report = report.with_context(|| format!("restore into {}", options.target_dir.display()))?;
-    match context.json {
-        true => render::print_json(&Told { plan: &plan, loss: loss.as_ref(), restore: Some(&report) })?,
-        false => render::print(&report_text(&plan, &report, &args, planned, &context.zone))?,
+    let proof = Box::pin(proof_of(&plan, &report, args.amcheck, &*progress, &cancel)).await;
+    if !context.json {
+        let text = report_text(&plan, &report, &args, planned, &context.zone);
+        render::print(&format!("{text}Proof\n{}", points_text(&proof)))?;
     }
-    Ok(Outcome::Done)
+    let is_wrong = proof.iter().any(|point| point.verdict == Verdict::Failed);
+    let handed = match (&args.swap, &options.start) {
+        (Some(_), Some(_)) if is_wrong => {
+            tracing::warn!("what was restored is not handed over, because it is not proved");
+            None
+        }
+        (Some(old), Some(start)) => {
+            let handed = handover::hand_over(&options.target_dir, Some(old), start, &*progress, &cancel).await;
+            Some(handed.with_context(|| format!("put {} in its place", options.target_dir.display()))?)
+        }
+        _ => None,
+    };
+    match (&handed, context.json) {
+        (handed, true) => {
+            let (restore, proof, handover) = (Some(&report), Some(proof.as_slice()), handed.as_ref());
+            render::print_json(&Told { plan: &plan, loss: loss.as_ref(), restore, proof, handover })?;
+        }
+        (Some(handed), false) => render::print(&crate::handover::text(handed))?,
+        (None, false) => {}
+    }
+    Ok(if is_wrong { Outcome::Attention } else { Outcome::Done })
+}
+
+/// What is proved of a restore. That the server cannot be asked leaves it where it is.
+async fn proof_of(
+    plan: &RestorePlan,
+    report: &RestoreReport,
+    amcheck: bool,
+    progress: &dyn Progress,
+    cancel: &CancellationToken,
+) -> Vec<Point> {
+    let mut points = proof::of_restore(plan, report);
+    let is_asked = amcheck || plan.incident.is_some();
+    let not = |problem: String| {
+        let hint = "the restored server runs all the same: ask it yourself before the application does";
+        Point::new("questions to the server", Verdict::Unproved, problem).with_hint(hint)
+    };
+    match &report.running {
+        Some(running) if is_asked => {
+            let Running { socket_dir, port, role, .. } = running.clone();
+            let wanted = Wanted { amcheck, checks: &[] };
+            match proof::of_server(&Reach { socket_dir, port, role }, plan, wanted, progress, cancel).await {
+                Ok(found) => points.extend(found),
+                Err(error) => points.push(not(error.to_string())),
+            }
+        }
+        None if is_asked => points.push(Point::new("questions to the server", Verdict::Unproved, "it does not run")),
+        _ => {}
+    }
+    points
+}
+
+/// The directory, which is named unless the database is.
+fn target_dir(args: &RestoreArgs) -> &Path {
+    args.target_dir.as_deref().unwrap_or(Path::new("."))
 }
 
 /// Everything that happened, for programs.
@@ -81,6 +173,10 @@ struct Told<'a> {
     loss: Option<&'a Loss>,
     /// `null` for a dry run.
     restore: Option<&'a RestoreReport>,
+    /// What was proved of it; `null` for a dry run.
+    proof: Option<&'a [Point]>,
+    /// `null` without --swap.
+    handover: Option<&'a HandedOver>,
 }
 
 /// The target that the arguments name.
@@ -126,16 +222,20 @@ fn options(args: &RestoreArgs) -> anyhow::Result<Options> {
         path: std::env::var_os("PATH"),
         listen: Listen { port: args.port, socket_dir: args.socket_dir.as_deref().map(absolute).transpose()? },
         action: match args.action {
+            _ if args.swap.is_some() => execute::Action::Promote,
             Action::Pause => execute::Action::Pause,
             Action::Promote => execute::Action::Promote,
             Action::Shutdown => execute::Action::Shutdown,
         },
     };
     Ok(Options {
-        target_dir: absolute(&args.target_dir)?,
+        target_dir: absolute(target_dir(args))?,
         tablespaces: tablespaces.collect::<anyhow::Result<_>>()?,
         overwrite: args.overwrite,
-        start: (!args.no_start).then_some(start),
+        delta: args.delta,
+        wal_ahead: args.wal_ahead.map(|size| size.as_u64()),
+        start: (!args.no_start && !args.bare).then_some(start),
+        bare: args.bare,
     })
 }
 
@@ -143,33 +243,16 @@ fn absolute(path: &std::path::Path) -> anyhow::Result<PathBuf> {
     std::path::absolute(path).with_context(|| format!("find the whole path of {}", path.display()))
 }
 
-/// How the restored server calls us: this program, and settings that name the repository and nothing else. Secrets stay
-/// in the files that the settings name, or in the environment that the server inherits.
-fn fetch_command(context: &Context) -> anyhow::Result<FetchCommand> {
-    let mut repository = context.settings.repository.clone();
-    // The server works in its data directory.
-    for file in [
-        &mut repository.s3.access_key_id_file,
-        &mut repository.s3.secret_access_key_file,
-        &mut repository.s3.session_token_file,
-    ]
-    .into_iter()
-    .flatten()
-    {
-        *file = absolute(file)?;
-    }
-    let all = Settings { cluster: context.cluster()?.to_owned(), repository, ..Settings::default() };
-    let mut table = toml::Table::try_from(&all).context("write the settings of wal-fetch")?;
-    table.retain(|name, _| ["cluster", "repository"].contains(&name));
-    Ok(FetchCommand {
-        program: std::env::current_exe().context("find this program")?,
-        settings: format!("# How `walguard wal-fetch` finds the WAL of this restored server.\n{table}"),
-    })
+/// How the restored server calls us.
+pub(crate) fn fetch_command(context: &Context) -> anyhow::Result<FetchCommand> {
+    let program = std::env::current_exe().context("find this program")?;
+    let fetch = FetchCommand::new(program, &context.settings.repository, context.cluster()?);
+    fetch.context("write the settings of wal-fetch")
 }
 
 fn confirmed(context: &Context, args: &RestoreArgs) -> anyhow::Result<bool> {
-    let question = match args.overwrite {
-        true => format!("Replace what is in {} by this?", args.target_dir.display()),
+    let question = match args.overwrite || args.delta {
+        true => format!("Replace what is in {} by this?", target_dir(args).display()),
         false => "Restore this?".to_owned(),
     };
     let answer = if context.json { None } else { render::ask(&question)? };
@@ -259,7 +342,12 @@ fn plan_text(plan: &RestorePlan, loss: Option<&Loss>, args: &RestoreArgs, zone: 
     );
     line("to fetch", format!("about {}", render::bytes(plan.fetched_bytes)));
     let estimated = Duration::try_from_secs_f64(plan.estimated_seconds.ceil()).unwrap_or(Duration::MAX);
-    line("takes", format!("about {}, longer from a slow store or onto a slow disk", render::duration(estimated)));
+    let by = match plan.rates.measured {
+        0 => "a guess for an idle machine: no restore of this repository was measured yet".to_owned(),
+        1 => "as fast as the last restore".to_owned(),
+        count => format!("as fast as the last {count} restores"),
+    };
+    line("takes", format!("about {}, {by}", render::duration(estimated)));
     line("last kept", transaction_text(plan.kept.as_ref(), "none since the backup began", zone));
     for rows in loss.and_then(|loss| loss.kept.as_deref()).unwrap_or_default().iter().take(TABLES_SHOWN) {
         line("", rows_text(rows));
@@ -273,8 +361,9 @@ fn plan_text(plan: &RestorePlan, loss: Option<&Loss>, args: &RestoreArgs, zone: 
             line(name, value);
         }
     }
-    line("into", args.target_dir.display().to_string());
-    let then = match (args.no_start, args.action) {
+    line("into", target_dir(args).display().to_string());
+    let then = match (args.no_start || args.bare, args.action) {
+        _ if args.swap.is_some() => "it takes the place of the original, which is kept beside it",
         (true, _) => "nothing is started",
         (false, Action::Pause) => "the server waits there, readable",
         (false, Action::Promote) => "the server becomes a writable primary",
@@ -329,19 +418,32 @@ fn report_text(
     let Some(reached) = &report.reached else {
         line("directory", report.target_dir.display().to_string());
         line("took", took.join(", "));
-        line("next", format!("start the server on it: it recovers to {} and waits there", plan.stop.reached));
+        line(
+            "next",
+            match args.bare {
+                true => {
+                    "recovery is yours to arrange: restore_command is `walguard wal-fetch ... \"%f\" \"%p\"`".to_owned()
+                }
+                false => format!("start the server on it: it recovers to {} and waits there", plan.stop.reached),
+            },
+        );
         return format!("Prepared\n{text}");
     };
     line("last kept", transaction_text(reached.transaction.as_ref(), "none since the backup began", zone));
     line("stands at", format!("LSN {}, as planned", reached.lsn));
+    if reached.locked > 0 {
+        let what = "tables and indexes are locked by a transaction that was open then: reading them waits until";
+        line("LOCKED", format!("{} {what} the", reached.locked));
+        line("", "server is promoted (walguard handover, or pg_ctl promote)".to_owned());
+    }
     if let Some(timeline) = reached.timeline {
         line("timeline", format!("{timeline}, new"));
     }
     took.push(format!("replay {}", render::duration(timings.replay)));
-    if args.action != Action::Pause {
+    if args.action != Action::Pause || args.swap.is_some() {
         took.push(format!(
             "{} {}",
-            if args.action == Action::Promote { "promote" } else { "stop" },
+            if args.action == Action::Shutdown { "stop" } else { "promote" },
             render::duration(timings.finish)
         ));
     }
@@ -349,15 +451,22 @@ fn report_text(
     match &report.running {
         Some(running) => {
             line("server", format!("process {}, log {}", running.pid, running.log.display()));
-            line("connect", format!("psql -h {} -p {}", running.socket_dir.display(), running.port));
-            if args.action == Action::Pause {
-                line("to go on", format!("pg_ctl promote -D {}", report.target_dir.display()));
+            if args.swap.is_none() {
+                let socket = running.socket_dir.display();
+                line("look at it", format!("psql -h {socket} -p {} -U {} DATABASE", running.port, running.role));
             }
         }
         None => line("server", format!("stopped; its data directory is {}", report.target_dir.display())),
     }
-    if args.action == Action::Promote {
-        line("archiving", "off: take walguard's block out of postgresql.auto.conf to turn it on".to_owned());
+    if args.swap.is_none() {
+        let dir = report.target_dir.display();
+        line("", "it archives nothing, connects nowhere and runs no jobs".to_owned());
+        line("hand over", format!("walguard handover {dir}   (promotes and stops it; then start it as your own)"));
+        if let Some(original) = &report.original {
+            let original = original.display();
+            line("", "or, on the original's host, with the original stopped, in its place:".to_owned());
+            line("", format!("walguard handover {dir} --swap {original}"));
+        }
     }
     format!("Restored\n{text}")
 }

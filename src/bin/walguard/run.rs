@@ -4,7 +4,7 @@ use walguard::supervisor::Agent;
 
 use crate::Outcome;
 use crate::args::RunArgs;
-use crate::context::Context;
+use crate::context::{self, Context};
 
 pub(crate) async fn run(context: Context, args: RunArgs) -> anyhow::Result<Outcome> {
     let stop = context.cancel_on_signals()?;
@@ -19,7 +19,9 @@ pub(crate) async fn run(context: Context, args: RunArgs) -> anyhow::Result<Outco
         settings,
         zone: context.zone.clone(),
         config: context.config.clone(),
+        flags: context.flags.clone(),
         backups: !args.no_backups,
+        pg_bin_dir: context::pg_bin_dir(),
     };
     agent.run(stop).await?;
     Ok(Outcome::Done)

@@ -11,7 +11,7 @@ use walguard::capture::Walsender;
 use walguard::pg::Position;
 use walguard::repo::catalog::CatalogScope;
 use walguard::serve::http::PORT_DEFAULT;
-use walguard::serve::status::{Alarm, GapSeen, LastBackup, Status, Trouble};
+use walguard::serve::status::{Alarm, DrillSeen, Drills, GapSeen, LastBackup, Status, Trouble};
 
 use crate::Outcome;
 use crate::args::StatusArgs;
@@ -20,6 +20,8 @@ use crate::render;
 
 /// An agent on this machine answers at once, or not at all.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
+/// Records of drills in which the last proof is looked for.
+const DRILLS_READ: usize = 20;
 /// A server that does not answer by now is told as unreachable: the repository is what this is about.
 const SERVER_MAX: Duration = Duration::from_secs(5);
 
@@ -97,6 +99,10 @@ async fn look(context: &Context) -> anyhow::Result<Status> {
         start: b.start_position(),
         bad_pages: b.bad_pages,
     });
+    // A repository without records is as good as one without drills.
+    let drills = repo.drills(DRILLS_READ).await.unwrap_or_default();
+    status.drills.last = drills.last().map(DrillSeen::from);
+    status.drills.proven = drills.iter().rfind(|drill| drill.problem().is_none()).map(DrillSeen::from);
     look_at_server(context, &mut status).await;
     let lease = repo.lease().await?;
     if let Some(proof) = lease.as_ref().and_then(|lease| lease.caught_up) {
@@ -167,6 +173,14 @@ fn text(status: &Status, live: bool, context: &Context) -> String {
         line("spooled", position(status.spooled));
     }
     line("archived", position(status.archived));
+    for one in &status.databases {
+        let lag = one.lag_seconds.map_or_else(String::new, |seconds| {
+            format!(", {} behind", render::duration(Duration::try_from_secs_f64(seconds).unwrap_or_default()))
+        });
+        let how = if one.streaming { lag } else { format!(", {}", render::red("not streaming")) };
+        let base = one.last_base.as_ref().map_or("no base".to_owned(), |base| format!("base {}", base.label));
+        line("database", format!("{}: archived {}{how}, {base}", one.database, position(one.archived)));
+    }
     if let Some(time) = status.caught_up_to {
         line("complete to", format!("{}, when no transaction was under way", render::time(time, &context.zone)));
     }
@@ -250,6 +264,9 @@ fn text(status: &Status, live: bool, context: &Context) -> String {
     if let Some(next) = status.backups.next_at.filter(|_| live) {
         line("next backup", render::time(next, &context.zone));
     }
+    for (name, value) in drill_lines(&status.drills, context, now) {
+        line(name, value);
+    }
     for (name, channel) in &status.notify.channels {
         let last = channel.delivered_at.map(|at| format!(", last {}", render::age(at, now))).unwrap_or_default();
         let waiting = match channel.pending {
@@ -266,6 +283,7 @@ fn text(status: &Status, live: bool, context: &Context) -> String {
         &status.store.trouble,
         &status.spool.trouble,
         &status.backups.trouble,
+        &status.drills.trouble,
         &status.notify.trouble,
     ];
     for trouble in troubles.into_iter().flatten() {
@@ -275,4 +293,37 @@ fn text(status: &Status, live: bool, context: &Context) -> String {
         line("ATTENTION", render::red(&attention));
     }
     out
+}
+
+/// How long ago a restore was last proved to work, and what is known besides.
+fn drill_lines(drills: &Drills, context: &Context, now: Timestamp) -> Vec<(&'static str, String)> {
+    let took =
+        |drill: &DrillSeen| render::duration(Duration::try_from_secs_f64(drill.took_seconds).unwrap_or_default());
+    let mut lines = Vec::new();
+    match (&drills.proven, &drills.last, drills.scheduled) {
+        (Some(proven), ..) => lines.push((
+            "restore",
+            format!(
+                "proved {}, in {}: {}",
+                render::age(proven.finished_at, now),
+                took(proven),
+                render::printable(&proven.target)
+            ),
+        )),
+        (None, None, false) => {}
+        (None, ..) => lines.push(("restore", render::yellow("never proved to work"))),
+    }
+    if let Some((last, problem)) = drills.last.as_ref().and_then(|last| Some((last, last.problem.as_ref()?))) {
+        let text = format!("{} {}: {}", last.outcome, render::age(last.finished_at, now), render::printable(problem));
+        lines.push(("last drill", render::red(&text)));
+    }
+    if let Some(impossible) = &drills.impossible {
+        lines.push(("next drill", render::red(impossible)));
+    }
+    match (drills.running_since, drills.next_at) {
+        (Some(since), _) => lines.push(("drill runs", format!("begun {}", render::age(since, now)))),
+        (None, Some(next)) => lines.push(("next drill", render::time(render::whole_seconds(next), &context.zone))),
+        (None, None) => {}
+    }
+    lines
 }

@@ -9,15 +9,16 @@ use jiff::Timestamp;
 use jiff::tz::{Offset, TimeZone};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
-use walguard::detect::{DdlKind, Incident, Severity, State};
+use walguard::detect::{DdlKind, Incident, RelationKind, Severity, State};
 use walguard::pg::{Lsn, PgTime, Position, TimelineId};
 use walguard::progress::Progress;
 use walguard::repo::index::chronicle::{
     Bucket, Buckets, Chronicle, Event, Filter, Pattern, Table, TableCount, TableTotal, Told, TransactionTold, Width,
 };
 use walguard::repo::index::walk::{Coverage, Followed, Follower, Walk};
-use walguard::repo::{RepoError, Repository};
+use walguard::repo::{RepoError, Repository, changes};
 use walguard::restore::target::Target;
+use walguard::settings::Source;
 
 use crate::Outcome;
 use crate::args::TimelineArgs;
@@ -55,6 +56,13 @@ pub(crate) async fn run(context: Context, args: TimelineArgs) -> anyhow::Result<
     let from = args.from.as_deref().map(|text| moment("--from", text, now, &context.zone)).transpose()?.flatten();
     let to = args.to.as_deref().map(|text| moment("--to", text, now, &context.zone)).transpose()?.flatten();
     in_order(from, to, &context.zone)?;
+    if let Some(from) = from.filter(|from| *from > PgTime::from(now)) {
+        let [from, now] = [from.timestamp(), now].map(|time| render::time(time, &context.zone));
+        let hint = "look at the year and at the zone: a time without one is read in the zone of the settings";
+        return Err(
+            UsageError::with_hint(format!("that time is yet to come: from {from}; now it is {now}"), hint).into()
+        );
+    }
     let width = args.bucket.map(bucket_width).transpose()?;
     let filter = Filter {
         tables: args.table.iter().map(|text| Pattern::new(text)).collect(),
@@ -62,6 +70,10 @@ pub(crate) async fn run(context: Context, args: TimelineArgs) -> anyhow::Result<
     };
 
     let repository = context.repository().await?;
+    if context.settings.source == Source::Logical {
+        let asked = Asked { from, to, width, filter };
+        return of_changes(context, args, &repository, asked).await;
+    }
     let shown = if args.follow { SHOWN_BEFORE_FOLLOWING } else { SHOWN };
     let mut walk = Walk::open(&repository, args.timeline, from.or_else(|| to.map(|to| before(to, shown)))).await?;
     let known_to = walk.known_to().await?;
@@ -97,14 +109,15 @@ pub(crate) async fn run(context: Context, args: TimelineArgs) -> anyhow::Result<
         to: buckets.to(),
         known_to,
         bucket_seconds: width.length().as_secs(),
-        incidents: incidents(&repository, &walk, &walked.coverage, &buckets).await?,
+        transactions_are_largest: walked.coverage.indexed > 0,
+        incidents: incidents(&repository, &walk, &walked.coverage, &buckets, &filter).await?,
         told: chronicle.tell(args.min_rows),
         coverage: walked.coverage.clone(),
     };
     let view = View::new(&report, buckets.width(), &filter, &context.zone);
     let attention = !report.coverage.unread.is_empty() || !report.coverage.damaged_indexes.is_empty();
     if args.follow {
-        let follower = Follower::behind(&walk, walked).await?;
+        let follower = Followers::Wal(Box::new(Follower::behind(&walk, walked).await?));
         let stop = context.cancel_on_signals()?;
         let follow = Following { context, view, follower, chronicle, filter, rows_min: args.min_rows };
         return follow.run(&report, stop).await;
@@ -117,12 +130,98 @@ pub(crate) async fn run(context: Context, args: TimelineArgs) -> anyhow::Result<
     Ok(if attention { Outcome::Attention } else { Outcome::Done })
 }
 
+/// What was asked for.
+struct Asked {
+    from: Option<PgTime>,
+    to: Option<PgTime>,
+    width: Option<Width>,
+    filter: Filter,
+}
+
+/// The same of what logical replication told.
+async fn of_changes(
+    context: Context,
+    args: TimelineArgs,
+    repository: &Repository,
+    Asked { from, to, width, filter }: Asked,
+) -> anyhow::Result<Outcome> {
+    let databases = repository.changed_databases().await?;
+    let mut known_to = None;
+    for database in &databases {
+        known_to = known_to.max(repository.changes_known_to(*database).await?);
+    }
+    let now = PgTime::from(Timestamp::now());
+    let to = to.or(known_to).unwrap_or(now);
+    let to = if args.follow { to.max(now) } else { to };
+    let shown = if args.follow { SHOWN_BEFORE_FOLLOWING } else { SHOWN };
+    let from = from.unwrap_or_else(|| before(to, shown));
+    let end = if args.follow { to } else { to.min(known_to.map_or(to, after)).max(after(from)) };
+    let width = width.unwrap_or_else(|| match args.follow {
+        true => Width::TEN_SECONDS,
+        false => Width::fitting(from, end, render::height().unwrap_or(0).saturating_sub(6).max(LINES)),
+    });
+    let buckets = Buckets::new(from, end, width, &context.zone).map_err(|error| {
+        let wanted = format!("a line for each {width} of that time: {error}");
+        UsageError::with_hint(wanted, "ask for a shorter time, or for more of it in a line with --bucket")
+    })?;
+    let mut chronicle = Chronicle::new(buckets.clone(), filter.clone());
+    let progress: Arc<dyn Progress> = context.progress();
+    let mut coverage = Coverage::default();
+    let mut timeline = TimelineId::FIRST;
+    let mut followers = Vec::new();
+    for database in databases {
+        let (told, follower) = repository.tell_changes(database, &mut chronicle, &*progress).await?;
+        followers.push(follower);
+        if let Some(last) = repository.last_changes(database, Lsn::MAX).await? {
+            timeline = timeline.max(repository.changes(last).await?.header.timeline);
+        }
+        coverage.read_from = coverage.read_from.into_iter().chain(told.read_from).min();
+        coverage.read_to = coverage.read_to.max(told.read_to);
+        coverage.decoded += told.decoded;
+        coverage.unread.extend(told.unread);
+        coverage.begins = coverage.begins.into_iter().chain(told.begins).min();
+    }
+    let mut marks = Vec::new();
+    for incident in repository.incidents(None).await?.incidents {
+        if buckets.find(incident.began_at.into()).is_some() && is_about(&filter, &incident) {
+            marks.push(IncidentMark::of(&incident));
+        }
+    }
+    marks.sort_by_key(|mark| mark.began_at);
+    let report = Report {
+        cluster: context.cluster()?.to_owned(),
+        timeline,
+        from: buckets.from(),
+        to: buckets.to(),
+        known_to,
+        bucket_seconds: width.length().as_secs(),
+        transactions_are_largest: coverage.indexed > 0,
+        incidents: marks,
+        told: chronicle.tell(args.min_rows),
+        coverage,
+    };
+    let view = View::new(&report, buckets.width(), &filter, &context.zone);
+    if args.follow {
+        let stop = context.cancel_on_signals()?;
+        let follower = Followers::Changes(followers);
+        let follow = Following { context, view, follower, chronicle, filter, rows_min: args.min_rows };
+        return follow.run(&report, stop).await;
+    }
+    match (context.json, args.transactions) {
+        (true, _) => render::print_json(&report)?,
+        (false, true) => render::print(&view.transactions(&report))?,
+        (false, false) => render::print(&view.chart(&report))?,
+    }
+    Ok(if report.coverage.unread.is_empty() { Outcome::Done } else { Outcome::Attention })
+}
+
 /// The incidents of that time. One that cannot be read is named in the log, and `walguard incidents` tells of it.
 async fn incidents(
     repository: &Repository,
     walk: &Walk<'_>,
     coverage: &Coverage,
     buckets: &Buckets,
+    filter: &Filter,
 ) -> anyhow::Result<Vec<IncidentMark>> {
     let (Some(from), Some(to)) = (coverage.read_from, coverage.read_to) else { return Ok(Vec::new()) };
     let mut marks = Vec::new();
@@ -142,12 +241,24 @@ async fn incidents(
             Err(error) => return Err(error.into()),
         };
         let position = Position { timeline: incident.timeline, lsn: incident.first_harm.unwrap_or(incident.seen_to) };
-        if buckets.find(incident.began_at.into()).is_some() && walk.contains(position) {
+        let is_shown = buckets.find(incident.began_at.into()).is_some() && is_about(filter, &incident);
+        if is_shown && walk.contains(position) {
             marks.push(IncidentMark::of(&incident));
         }
     }
     marks.sort_by_key(|mark| mark.began_at);
     Ok(marks)
+}
+
+/// Whether an incident is about one of the tables asked for. One that names no table may be about all of a database.
+fn is_about(filter: &Filter, incident: &Incident) -> bool {
+    let tables = incident.tables.iter().map(|table| table.name.as_str());
+    let findings = incident.findings.iter().filter_map(|finding| finding.table.as_deref());
+    let mut names = tables.chain(findings).peekable();
+    match names.peek() {
+        Some(_) => names.any(|name| filter.is_about(name)),
+        None => filter.tables.is_empty(),
+    }
 }
 
 /// A time as `restore --to` reads it; `None` for `latest`.
@@ -202,6 +313,8 @@ struct Report {
     /// Up to when the archive knows what happened.
     known_to: Option<PgTime>,
     bucket_seconds: u64,
+    /// Some of `transactions` come from indexes, which know the sixteen largest of each segment: smaller ones are missing.
+    transactions_are_largest: bool,
     incidents: Vec<IncidentMark>,
     #[serde(flatten)]
     told: Told,
@@ -464,9 +577,10 @@ impl View {
     }
 
     fn event(&self, event: &Event) -> String {
-        let table = event.table.as_ref().map(|table| self.name(table));
-        match (event.kind, table, event.object.clone()) {
+        let table = event.table.as_ref().map(|table| format!("{}{}", kind_word(table.kind), self.name(table)));
+        match (event.kind, table, event.object.as_deref().map(render::printable)) {
             (DdlKind::DropColumn, Some(table), Some(column)) => format!("{table}.{column}"),
+            (DdlKind::Alter, Some(table), Some(former)) => format!("{former}, now {table}"),
             (_, Some(table), Some(object)) => format!("{object} ON {table}"),
             (_, Some(table), None) => table,
             (_, None, Some(object)) => object,
@@ -484,7 +598,7 @@ impl View {
     }
 
     fn name(&self, table: &Table) -> String {
-        if self.database.is_some() { table.in_database.clone() } else { table.name.clone() }
+        render::printable(if self.database.is_some() { &table.in_database } else { &table.name })
     }
 
     fn tables(&self, totals: &[TableTotal]) -> String {
@@ -543,8 +657,9 @@ impl View {
         match known_to {
             None => text += "nothing is archived\n",
             Some(known) if *known < report.from => {
-                let _ =
-                    writeln!(text, "{}", render::yellow(&format!("the archive ends before that, at {}", time(*known))));
+                let line = format!("the archive ends before that, at {}", time(*known));
+                let _ = writeln!(text, "{}", render::yellow(&line));
+                text += "HINT: without --from the last hour of the archive is shown; walguard status says how far behind it is\n";
             }
             Some(known) => {
                 let _ = writeln!(text, "archived to {}", render::time(known.timestamp(), &self.zone));
@@ -560,6 +675,7 @@ impl View {
         }
         for index in &coverage.damaged_indexes {
             let _ = writeln!(text, "{}", render::yellow(&format!("index passed over, WAL read instead: {index}")));
+            text += "HINT: walguard index rebuild --check\n";
         }
         if told.incomplete > 0 {
             let count = render::number(told.incomplete);
@@ -578,7 +694,7 @@ impl View {
 
     fn transactions(&self, report: &Report) -> String {
         let mut text = self.heading(report) + "\n";
-        if report.told.transactions.is_empty() {
+        if report.told.transactions.is_empty() && !(self.filtered && report.transactions_are_largest) {
             text += &self.nothing(report);
         }
         for told in report.told.transactions.iter().take(TRANSACTIONS_SHOWN) {
@@ -594,6 +710,10 @@ impl View {
             if let Some(more) = told.tables.len().checked_sub(TABLES_SHOWN).filter(|more| *more > 0) {
                 let _ = writeln!(text, "  and {more} more tables; --json shows all");
             }
+        }
+        if self.filtered && report.transactions_are_largest {
+            text += "\nthe index of a segment knows its sixteen largest transactions: smaller ones that touched these tables are \
+                     not shown; --bucket 1s reads the WAL\n";
         }
         let more = report.told.transactions.len().saturating_sub(TRANSACTIONS_SHOWN);
         if more > 0 {
@@ -735,6 +855,19 @@ fn fold(names: &[String], room: usize) -> String {
     text
 }
 
+/// What stands before the name of what is no table.
+const fn kind_word(kind: Option<RelationKind>) -> &'static str {
+    match kind {
+        None | Some(RelationKind::Table | RelationKind::PartitionedTable | RelationKind::Toast) => "",
+        Some(RelationKind::Index) => "index ",
+        Some(RelationKind::Sequence) => "sequence ",
+        Some(RelationKind::View) => "view ",
+        Some(RelationKind::MaterializedView) => "materialized view ",
+        Some(RelationKind::CompositeType) => "type ",
+        Some(RelationKind::ForeignTable) => "foreign table ",
+    }
+}
+
 const fn verb(kind: DdlKind) -> &'static str {
     match kind {
         DdlKind::Truncate => "TRUNCATE",
@@ -755,11 +888,33 @@ const fn verb(kind: DdlKind) -> &'static str {
     }
 }
 
+/// Whoever reads on.
+enum Followers<'a> {
+    Wal(Box<Follower<'a>>),
+    /// Of each database whose changes are kept.
+    Changes(Vec<changes::walk::Follower>),
+}
+
+impl Followers<'_> {
+    async fn go_on(&mut self, chronicle: &mut Chronicle) -> anyhow::Result<Followed> {
+        match self {
+            Self::Wal(follower) => Ok(follower.go_on(chronicle).await?),
+            Self::Changes(followers) => {
+                let mut followed = Followed::default();
+                for follower in followers {
+                    followed.unread.extend(follower.go_on(chronicle).await?);
+                }
+                Ok(followed)
+            }
+        }
+    }
+}
+
 /// Goes on as more is archived.
 struct Following<'a> {
     context: Context,
     view: View,
-    follower: Follower<'a>,
+    follower: Followers<'a>,
     chronicle: Chronicle,
     filter: Filter,
     rows_min: u64,
@@ -788,7 +943,7 @@ impl Following<'_> {
             };
             // A store that is away is waited for: whoever looks on wants to go on looking on.
             let followed = followed.unwrap_or_else(|error| {
-                tracing::warn!("read on: {:#}", anyhow::Error::from(error));
+                tracing::warn!("read on: {error:#}");
                 Followed::default()
             });
             for unread in &followed.unread {

@@ -3,12 +3,17 @@
 use std::fmt::Write as _;
 
 use jiff::Timestamp;
+use tokio_util::sync::CancellationToken;
+use walguard::repo::Repository;
+use walguard::repo::bases::upkeep::VerifiedBases;
 use walguard::repo::verify::{JOBS_DEFAULT, Options, Problem, Verification};
+use walguard::settings::Source;
 
 use crate::Outcome;
 use crate::args::VerifyArgs;
 use crate::context::Context;
 use crate::render;
+use crate::report::UsageError;
 
 /// Problems shown to people. JSON has them all.
 const PROBLEMS_SHOWN: usize = 50;
@@ -16,6 +21,9 @@ const PROBLEMS_SHOWN: usize = 50;
 pub(crate) async fn run(context: Context, args: VerifyArgs) -> anyhow::Result<Outcome> {
     let repository = context.repository().await?;
     let cancel = context.cancel_on_signals()?;
+    if context.settings.source == Source::Logical {
+        return of_bases(context, args, &repository, &cancel).await;
+    }
     let options = Options { only_new: args.new, jobs: args.jobs.unwrap_or(JOBS_DEFAULT) };
     let verification = repository.verify(options, Timestamp::now(), &*context.progress(), &cancel).await?;
     if context.json {
@@ -25,6 +33,50 @@ pub(crate) async fn run(context: Context, args: VerifyArgs) -> anyhow::Result<Ou
     }
     let is_well = verification.complete && verification.is_clean();
     Ok(if is_well { Outcome::Done } else { Outcome::Attention })
+}
+
+/// The same of bases and change logs, all of them.
+async fn of_bases(
+    context: Context,
+    args: VerifyArgs,
+    repository: &Repository,
+    cancel: &CancellationToken,
+) -> anyhow::Result<Outcome> {
+    if args.new {
+        let hint = "without it everything is read";
+        return Err(UsageError::with_hint("--new needs `source = \"physical\"`", hint).into());
+    }
+    let verified = repository.verify_bases(&*context.progress(), cancel).await?;
+    match context.json {
+        true => render::print_json(&verified)?,
+        false => render::print(&bases_text(&verified))?,
+    }
+    let is_well = verified.complete && verified.problems_total == 0;
+    Ok(if is_well { Outcome::Done } else { Outcome::Attention })
+}
+
+fn bases_text(verified: &VerifiedBases) -> String {
+    let mut text = format!(
+        "read {} of {} databases: {} bases in {} objects, changes in {} objects\n",
+        render::bytes(verified.bytes),
+        verified.databases,
+        verified.bases,
+        verified.base_objects,
+        verified.change_objects,
+    );
+    for problem in verified.problems.iter().take(PROBLEMS_SHOWN) {
+        let _ = writeln!(text, "PROBLEM {}: {}\n        {}", problem.place, problem.problem, problem.means);
+    }
+    let hidden = verified.problems_total.saturating_sub(PROBLEMS_SHOWN as u64);
+    if hidden > 0 {
+        let _ = writeln!(text, "... and {hidden} more problems; --json shows up to a thousand");
+    }
+    text += match (verified.complete, verified.problems_total) {
+        (false, _) => "stopped before the end\n",
+        (true, 0) => "everything is whole\n",
+        (true, _) => "NOT everything is whole\n",
+    };
+    text
 }
 
 fn text(verification: &Verification) -> String {

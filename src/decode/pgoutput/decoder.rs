@@ -103,6 +103,11 @@ impl Decoder {
         matches!(self.place, Place::Outside)
     }
 
+    /// True if the next message is told with its transaction, as those between `StreamStart` and `StreamStop` are.
+    pub const fn is_in_stream(&self) -> bool {
+        matches!(self.place, Place::Stream { .. })
+    }
+
     /// Reads the next message: what it changes, or `None` if it only prepares for messages to come. `at` and `sent` are
     /// the position and the time that Postgres sent with it.
     ///

@@ -34,6 +34,14 @@ pub struct Truncate {
     pub flags: i32,
 }
 
+impl Truncate {
+    /// No row of the relation is left.
+    pub const fn empties_heap(&self) -> bool {
+        const HEAP: i32 = 1;
+        self.blocks == 0 && self.flags & HEAP != 0
+    }
+}
+
 /// What a record says; `None` if it is another resource manager's.
 ///
 /// # Errors

@@ -161,6 +161,11 @@ pub fn read<'a>(record: &Record<'a>) -> Result<Option<TransactionEnd<'a>>, Decod
     read_end(record, committed, prepared).map(Some)
 }
 
+/// True for a `PREPARE TRANSACTION`, which lasts without a commit.
+pub fn is_prepare(record: &Record<'_>) -> bool {
+    record.header.rmgr == RmgrId::XACT && record.header.info & OPERATION == PREPARE
+}
+
 fn read_end<'a>(record: &Record<'a>, committed: bool, prepared: bool) -> Result<TransactionEnd<'a>, DecodeError> {
     let mut main = record.main_cursor()?;
     let time = main.time("time of the transaction's end")?;

@@ -15,7 +15,7 @@ use crate::repo::cluster::FORMAT;
 /// Settings kept for a restore. A standby refuses to start with less than its primary's `max_*`; the files may lie
 /// outside of the data directory and are then not in the backup; the libraries must be there; and the page size must be
 /// the one that this program knows.
-const SETTINGS: [&str; 17] = [
+const SETTINGS: [&str; 18] = [
     "max_connections",
     "max_worker_processes",
     "max_wal_senders",
@@ -31,6 +31,7 @@ const SETTINGS: [&str; 17] = [
     "hba_file",
     "ident_file",
     "shared_preload_libraries",
+    "archive_mode",
     "lc_messages",
     "cluster_name",
 ];

@@ -45,12 +45,12 @@ impl<'a> Reader<'a> {
         self.repository.layout().part(self.label, self.name, number)
     }
 
-    /// A whole part as it is stored.
+    /// A part as it is stored, or so many bytes of it.
     ///
     /// # Errors
     /// Of the store.
-    pub async fn part(&self, number: u32) -> Result<Bytes, BackupError> {
-        Ok(self.repository.store().read(&self.part_key(number), None).await.map_err(RepoError::from)?)
+    pub async fn part(&self, number: u32, range: Option<Range<u64>>) -> Result<Bytes, BackupError> {
+        Ok(self.repository.store().read(&self.part_key(number), range).await.map_err(RepoError::from)?)
     }
 
     /// Bytes of the tar, of which no more than the frames that hold them are fetched. A range that reaches past the end

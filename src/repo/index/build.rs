@@ -9,7 +9,7 @@ use super::format::{
 use crate::decode::change::{Action, RowCounts};
 use crate::decode::rmgr::xlog::XlogRecord;
 use crate::decode::{Change, DecodeError, Reader, Record, Source};
-use crate::detect::{NamesSnapshot, Observer, Relation, Transaction};
+use crate::detect::{NamesSnapshot, Observer, Relation, Running, Transaction};
 use crate::pg::{Lsn, PgTime, RelFile, SegmentName};
 
 /// Tallies of one index. A segment of 16 MiB spans a minute or less on a busy server; this is for a thousand files in
@@ -18,6 +18,9 @@ const MINUTES_MAX: usize = 65_536;
 
 /// Large transactions of one index, and files of each.
 const LARGEST_MAX: usize = 16;
+
+/// Files of one of them. One that touched more is told as incomplete.
+const FILES_MAX: usize = 256;
 
 /// Events of one index: a schema of ten thousand tables dropped at once.
 const EVENTS_MAX: usize = 65_536;
@@ -32,6 +35,8 @@ pub enum Seen {
     Ended(Box<Transaction>),
     /// All records that begin in a segment were seen: its index is done. `None` if it holds more than an index may.
     Segment(SegmentName, Option<Box<SegmentIndex>>),
+    /// Which transactions are open; now and then.
+    Running(Running),
     /// What relations are called as of the first record that begins in this segment; now and then.
     Names(SegmentName, Box<NamesSnapshot>),
 }
@@ -91,6 +96,11 @@ impl Indexer {
         self.waiting.push_back(name);
     }
 
+    /// The end of the last record that is known to be whole; where reading began, if there is none yet.
+    pub fn proved_to(&self) -> Lsn {
+        self.reader.proved_to().unwrap_or_else(|| self.reader.pushed_to())
+    }
+
     /// The timeline ends here, and the next one goes on in `name`, its copy of the segment that was begun last: the bytes to
     /// come are those from [`Indexer::pushed_to`] on. A record that the old timeline did not finish is dropped.
     pub fn switch(&mut self, name: SegmentName) {
@@ -145,6 +155,7 @@ impl Indexer {
             let ended = self.observer.see(record, change);
             self.builder.see(record, change, ended.as_ref());
             self.done.extend(ended.map(|ended| Seen::Ended(Box::new(ended))));
+            self.done.extend(self.observer.take_running().map(Seen::Running));
         }
     }
 
@@ -297,10 +308,17 @@ impl Builder {
     fn tally(&mut self, ended: &Transaction) {
         let minute = ended.time.micros().div_euclid(MINUTE);
         for tally in &ended.tallies {
-            if let Some(relation) = &tally.relation
-                && self.names.len() < MINUTES_MAX
-            {
-                self.names.entry(tally.file).or_insert_with(|| relation.clone());
+            let Some(relation) = &tally.relation else { continue };
+            let has_room = self.names.len() < MINUTES_MAX;
+            match self.names.entry(tally.file) {
+                // A table that is renamed is called by its later name, as a chronicle does.
+                std::collections::btree_map::Entry::Occupied(mut entry) => {
+                    entry.insert(relation.clone());
+                }
+                std::collections::btree_map::Entry::Vacant(entry) if has_room => {
+                    entry.insert(relation.clone());
+                }
+                std::collections::btree_map::Entry::Vacant(_) => {}
             }
         }
         let files = ended.tallies.iter().map(|tally| (Some(key_of(tally.file)), tally.counts));
@@ -330,14 +348,15 @@ impl Builder {
         }
         let mut files: Vec<_> = ended.tallies.iter().map(|tally| (tally.file, tally.counts)).collect();
         files.sort_by_key(|(file, rows)| (std::cmp::Reverse(changed(*rows)), *file));
-        files.truncate(LARGEST_MAX);
+        let is_complete = ended.is_complete && files.len() <= FILES_MAX;
+        files.truncate(FILES_MAX);
         let large = LargeTransaction {
             begin: ended.begin,
             lsn: ended.lsn,
             xid: ended.xid,
             time: ended.time,
             files,
-            is_complete: ended.is_complete,
+            is_complete,
         };
         let place = self.index.largest.partition_point(|other| size_of(other) >= size_of(&large));
         self.index.largest.insert(place, large);
@@ -367,7 +386,7 @@ impl Builder {
 }
 
 const fn changed(rows: RowCounts) -> u64 {
-    rows.inserted + rows.updated + rows.deleted + rows.moved
+    rows.inserted.saturating_add(rows.updated).saturating_add(rows.deleted).saturating_add(rows.moved)
 }
 
 fn size_of(large: &LargeTransaction) -> u64 {

@@ -14,7 +14,7 @@ use super::SegmentIndex;
 use super::format::{CommittedDdl, LargeTransaction};
 use super::lookup::Activity;
 use crate::decode::change::RowCounts;
-use crate::detect::{DdlKind, Relation, Transaction};
+use crate::detect::{DdlKind, Relation, RelationKind, Transaction};
 use crate::pg::{Lsn, Oid, PgTime, RelFile, Xid};
 
 /// Buckets of one chronicle: a day by the second. A chart of more is read by nobody.
@@ -28,6 +28,9 @@ const EVENTS_MAX: usize = 100_000;
 
 /// Transactions that are kept as the largest.
 const LARGEST_MAX: usize = 1_000;
+
+/// Databases whose names are kept.
+const DATABASES_MAX: usize = 10_000;
 
 /// Files whose names are kept.
 const NAMES_MAX: usize = 262_144;
@@ -273,6 +276,14 @@ impl Pattern {
         pattern.iter().skip(p).all(|c| *c == '*')
     }
 
+    /// True if it stands for a table of a database that is known.
+    pub fn fits_table(&self, schema: &str, table: &str) -> bool {
+        match self.0.contains('.') {
+            true => self.fits(&format!("{schema}.{table}")),
+            false => self.fits(table),
+        }
+    }
+
     fn fits_relation(&self, relation: &Relation) -> bool {
         let Relation { database_name, schema, name, .. } = relation;
         match self.0.matches('.').count() {
@@ -284,13 +295,27 @@ impl Pattern {
 }
 
 impl Filter {
-    fn is_all(&self) -> bool {
+    /// True if it leaves nothing out.
+    pub fn is_all(&self) -> bool {
         self.tables.is_empty() && self.databases.is_empty()
     }
 
     fn database(&self, oid: Oid, name: &str) -> bool {
         let fits = |pattern: &Pattern| pattern.fits(name) || pattern.0.parse() == Ok(oid.0);
         self.databases.is_empty() || self.databases.iter().any(fits)
+    }
+
+    /// Whether it tells of a table. `name` is `database.schema.table`, as incidents have it.
+    pub fn is_about(&self, name: &str) -> bool {
+        let Some((database, in_database)) = name.split_once('.') else { return self.is_all() };
+        let table = in_database.rsplit_once('.').map_or(in_database, |(_, table)| table);
+        let is_meant = |pattern: &Pattern| match pattern.0.matches('.').count() {
+            0 => pattern.fits(table),
+            1 => pattern.fits(in_database),
+            _ => pattern.fits(name),
+        };
+        (self.databases.is_empty() || self.databases.iter().any(|pattern| pattern.fits(database)))
+            && (self.tables.is_empty() || self.tables.iter().any(is_meant))
     }
 
     fn table(&self, file: RelFile, relation: Option<&Relation>) -> bool {
@@ -302,9 +327,10 @@ impl Filter {
         self.database(file.database, name) && (self.tables.is_empty() || self.tables.iter().any(of_table))
     }
 
-    fn event(&self, ddl: &CommittedDdl) -> bool {
+    /// `database`: its name, where the event is about no relation that tells it.
+    fn event(&self, ddl: &CommittedDdl, database: &str) -> bool {
         let relation = ddl.event.relation.as_deref();
-        let name = relation.map_or("", |relation| &relation.database_name);
+        let name = relation.map_or(database, |relation| &relation.database_name);
         // What belongs to no table is told of unless tables are named.
         self.database(ddl.event.database, name)
             && (self.tables.is_empty()
@@ -325,6 +351,8 @@ pub struct Chronicle {
     /// Counts by bucket and file; `None` counts transactions as such, and rows that were not told apart.
     cells: BTreeMap<(usize, Option<RelFile>), Cell>,
     names: HashMap<RelFile, Arc<Relation>>,
+    /// Names of databases, as their relations tell them.
+    databases: HashMap<Oid, String>,
     others: BTreeSet<String>,
     events: Vec<CommittedDdl>,
     /// The largest first.
@@ -347,6 +375,7 @@ impl Chronicle {
             filter,
             cells: BTreeMap::new(),
             names: HashMap::new(),
+            databases: HashMap::new(),
             others: BTreeSet::new(),
             events: Vec::new(),
             largest: Vec::new(),
@@ -366,7 +395,7 @@ impl Chronicle {
         for (file, relation) in &index.names {
             self.name(*file, relation);
         }
-        self.left_out += index.minutes_left_out + index.events_left_out;
+        self.left_out = self.left_out.saturating_add(index.minutes_left_out).saturating_add(index.events_left_out);
         for tally in &index.minutes {
             let Some(time) = tally.minute.checked_mul(60_000_000).map(PgTime::from_micros) else { continue };
             self.count(time, tally.file, tally.transactions, tally.rows);
@@ -384,7 +413,8 @@ impl Chronicle {
         for (file, relation) in &activity.names {
             self.name(*file, relation);
         }
-        self.left_out += activity.tallies_left_out + activity.events_left_out;
+        self.left_out =
+            self.left_out.saturating_add(activity.tallies_left_out).saturating_add(activity.events_left_out);
         for tally in &activity.tallies {
             let Some(time) = tally.minute.checked_mul(60_000_000).map(PgTime::from_micros) else { continue };
             self.count(time, tally.file, tally.transactions, tally.rows);
@@ -429,6 +459,12 @@ impl Chronicle {
 
     /// Whose a file is. Later names replace earlier ones.
     pub fn name(&mut self, file: RelFile, relation: &Arc<Relation>) {
+        if self.databases.get(&file.database) != Some(&relation.database_name)
+            && self.databases.len() < DATABASES_MAX
+            && !relation.database_name.is_empty()
+        {
+            self.databases.insert(file.database, relation.database_name.clone());
+        }
         if self.names.len() < NAMES_MAX || self.names.contains_key(&file) {
             self.names.insert(file, relation.clone());
         }
@@ -464,12 +500,13 @@ impl Chronicle {
             return;
         }
         let cell = self.cells.entry((bucket, file)).or_default();
-        cell.transactions += transactions;
+        cell.transactions = cell.transactions.saturating_add(transactions);
         cell.rows += rows;
     }
 
     fn event(&mut self, ddl: CommittedDdl) {
-        if self.buckets.find(ddl.time).is_none() || !self.filter.event(&ddl) {
+        let database = self.databases.get(&ddl.event.database).map_or("", String::as_str);
+        if self.buckets.find(ddl.time).is_none() || !self.filter.event(&ddl, database) {
             return;
         }
         if self.events.len() >= EVENTS_MAX {
@@ -511,14 +548,16 @@ impl Chronicle {
             let bucket = self.bucket(number, from, to, events);
             for table in &bucket.tables {
                 let total = totals.entry(table.table.key()).or_insert_with(|| TableTotal::new(&table.table, from));
-                total.transactions += table.transactions;
+                total.transactions = total.transactions.saturating_add(table.transactions);
                 total.rows += table.rows;
                 if table.rows.deleted > total.most_deleted {
                     (total.most_deleted, total.most_deleted_in) = (table.rows.deleted, from);
                 }
             }
-            for event in bucket.events.iter().filter(|event| event.table.is_some()) {
-                let Some(table) = &event.table else { continue };
+            for event in &bucket.events {
+                let Some(table) = event.table.as_ref().filter(|table| table.kind.is_none_or(has_rows)) else {
+                    continue;
+                };
                 let total = totals.entry(table.key()).or_insert_with(|| TableTotal::new(table, from));
                 total.truncates += u64::from(event.kind == DdlKind::Truncate);
                 total.ddl += u64::from(event.kind != DdlKind::Truncate);
@@ -553,7 +592,7 @@ impl Chronicle {
             let table = self.table(*file);
             let count = tables.entry(table.key()).or_insert_with(|| TableCount::new(table));
             // A table that was emptied or rewritten has two files in one bucket; a transaction may have touched both.
-            count.transactions += cell.transactions;
+            count.transactions = count.transactions.saturating_add(cell.transactions);
             count.rows += cell.rows.into();
         }
         let mut rows = Rows::default();
@@ -735,6 +774,8 @@ pub struct Table {
     pub database: Oid,
     /// The table's OID, if it is known.
     pub oid: Option<Oid>,
+    /// What it is, if it is known: indexes and views have events, too.
+    pub kind: Option<RelationKind>,
     /// The file, if that is all that is known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub file: Option<RelFile>,
@@ -756,6 +797,7 @@ impl Table {
             database_name: relation.database_name.clone(),
             database: relation.database,
             oid: Some(relation.oid),
+            kind: Some(relation.kind),
             file: None,
         }
     }
@@ -768,6 +810,7 @@ impl Table {
             database_name: String::new(),
             database: file.database,
             oid: None,
+            kind: None,
             file: Some(file),
         }
     }
@@ -778,6 +821,11 @@ impl Table {
             None => TableKey::File(self.file),
         }
     }
+}
+
+/// Tables of which rows can come and go; of an index, view or sequence an event says all.
+const fn has_rows(kind: RelationKind) -> bool {
+    matches!(kind, RelationKind::Table | RelationKind::PartitionedTable | RelationKind::MaterializedView)
 }
 
 /// What happened to a table in a bucket or a transaction.
@@ -909,7 +957,7 @@ mod tests {
 
     use super::super::format::MinuteTally;
     use super::*;
-    use crate::detect::{DdlEvent, Persistence, RelationKind, Tally};
+    use crate::detect::{DdlEvent, Persistence, Tally};
 
     const ORDERS: u32 = 20_000;
     const USERS: u32 = 20_001;
@@ -1008,6 +1056,27 @@ mod tests {
         assert_eq!(told.transactions.iter().map(|told| told.xid).collect::<Vec<_>>(), [Xid::new(4), Xid::new(3)]);
         let total = told.tables.iter().find(|total| total.table.oid == Some(Oid(ORDERS))).unwrap();
         assert_eq!((total.most_deleted, total.most_deleted_in), (7, time("2025-12-17T06:14:00Z")));
+    }
+
+    #[test]
+    fn counts_of_an_index_that_anybody_may_have_written_stay_within_their_bounds() {
+        let tally = MinuteTally {
+            minute: time("2025-12-17T06:00:00Z").micros() / 60_000_000,
+            file: Some(file(ORDERS)),
+            transactions: u64::MAX,
+            rows: RowCounts { inserted: u64::MAX, updated: u64::MAX, deleted: u64::MAX, moved: u64::MAX },
+        };
+        let index = SegmentIndex {
+            minutes: vec![tally, tally],
+            minutes_left_out: u64::MAX,
+            events_left_out: u64::MAX,
+            ..SegmentIndex::default()
+        };
+        let mut chronicle = hour(Filter::default());
+        chronicle.add_index(&index);
+        chronicle.add_index(&index);
+        let told = chronicle.tell(0);
+        assert_eq!((told.left_out, told.tables[0].transactions), (u64::MAX, u64::MAX));
     }
 
     #[test]

@@ -513,7 +513,10 @@ impl Lookup {
         };
         match read {
             Err(RepoError::Damaged { key, problem }) => {
-                tracing::warn!(key, "an index cannot be read: {problem}; `walguard index rebuild` makes it anew");
+                tracing::warn!(
+                    key,
+                    "an index cannot be read: {problem}; `walguard index rebuild --check` makes it anew"
+                );
                 Ok(None)
             }
             read => read,
@@ -888,11 +891,13 @@ impl Visitor for Gather {
         let is_inside = summary.end_times.is_none_or(|(earliest, latest)| from <= earliest && latest < to);
         // Where the span of time ends within it: can it be cut there?
         let is_border = |time: PgTime| time.micros().rem_euclid(unit) == 0;
-        let is_large_inside = index.largest.iter().all(|large| self.wanted.holds(large.time));
-        let can_be_cut = is_border(from) && is_border(to) && is_large_inside;
+        let can_be_cut = is_border(from) && is_border(to);
+        // One that is not asked for may have taken the place of one that is, also in the part of a minute just outside.
+        let is_large_inside =
+            index.largest.len() < LARGEST_MAX || index.largest.iter().all(|large| self.wanted.holds(large.time));
         let is_exact = index.is_exact() && (index.harmless_left_out == 0 || !self.wanted.all_events);
         let is_fine = self.tallies.minutes_each % index.minutes_each == 0;
-        if !is_exact || !is_fine || !(is_inside || can_be_cut) {
+        if !is_exact || !is_fine || !is_large_inside || !(is_inside || can_be_cut) {
             return Flow::Continue(());
         }
         self.holes.see(&summary);
@@ -1094,6 +1099,21 @@ mod tests {
             matches!(found, Some(Found::Unindexed(found)) if found == name(40)),
             "not in what has an index: {found:?}"
         );
+    }
+
+    #[tokio::test]
+    async fn a_large_transaction_just_outside_takes_nobodys_place() {
+        // The last three end in the minute in which the span of time ends, and behind its end.
+        let mut indexes: Vec<_> = (0..15).map(|number| (number, index_of(number, &[(5, 1)]))).collect();
+        indexes.push((15, index_of(15, &[(5, 1), (40_000_000, 3), (40_000_001, 3), (40_000_002, 3)])));
+        let repo = archive(0..32, &indexes).await;
+        let merged = repo.merge_indexes(&Group { number: 0, ..Group::of(&name(0), Level::FIRST) }).await.unwrap();
+        assert!(matches!(merged, Merge::New), "{merged:?}");
+        let range = LsnRange { from: name(0).start(), to: name(16).start() };
+        let to = time(15 * MINUTE + 20_000_000);
+        let wanted = Wanted { from: time(0), to, minutes_each: 1, all_events: true };
+        let found = repo.lookup(root(), SIZE).activity(range, wanted).await.unwrap();
+        assert_eq!(found.largest.len(), 16, "one of each segment");
     }
 
     #[tokio::test]

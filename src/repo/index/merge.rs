@@ -180,7 +180,7 @@ impl Repository {
 fn readable<T>(read: Result<Option<T>, RepoError>) -> Result<Option<T>, RepoError> {
     match read {
         Err(RepoError::Damaged { key, problem }) => {
-            tracing::warn!(key, "an index cannot be read: {problem}; `walguard index rebuild` makes it anew");
+            tracing::warn!(key, "an index cannot be read: {problem}; `walguard index rebuild --check` makes it anew");
             Ok(None)
         }
         read => read,

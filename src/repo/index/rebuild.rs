@@ -176,7 +176,7 @@ impl Repository {
         progress.begin("merge indexes", None);
         for (timeline, listed) in &archived {
             if options.timeline.is_none_or(|only| only == *timeline) {
-                report.merged += self.merge_missing(*timeline, size, listed, progress, cancel).await?;
+                report.merged += self.merge_missing(*timeline, size, listed, &options, progress, cancel).await?;
             }
         }
         progress.end();
@@ -328,12 +328,21 @@ impl Repository {
         }
     }
 
-    /// Merges every group of a timeline that can be merged and is not. Answers how many.
+    async fn is_damaged(&self, group: &Group) -> Result<bool, RepoError> {
+        match self.merged_index(group).await {
+            Err(RepoError::Damaged { .. }) => Ok(true),
+            read => read.map(|_| false),
+        }
+    }
+
+    /// Merges every group of a timeline that can be merged and is not, or cannot be read where that is looked at. Answers
+    /// how many.
     async fn merge_missing(
         &self,
         timeline: TimelineId,
         size: SegmentSize,
         listed: &Listed,
+        options: &Options,
         progress: &dyn Progress,
         cancel: &CancellationToken,
     ) -> Result<u64, RepoError> {
@@ -349,11 +358,17 @@ impl Repository {
                 let group = Group { timeline, level, number, size };
                 let span = group.span();
                 let lacks = || listed.range(span.from..span.to).any(|(number, _)| !indexes.contains_key(number));
-                if there.contains(&number) || lacks() {
-                    continue;
-                }
                 if cancel.is_cancelled() {
                     return Ok(made);
+                }
+                if lacks() {
+                    continue;
+                }
+                if there.contains(&number) {
+                    if !(options.all || options.check) || !self.is_damaged(&group).await? {
+                        continue;
+                    }
+                    self.store().delete(&self.layout().merged(&group)).await?;
                 }
                 progress.note(&format!("{} segments from {}", level.segments(), group.first()));
                 made += u64::from(self.merge_indexes(&group).await? == Merge::New);
@@ -401,7 +416,7 @@ fn take(mut indexer: Indexer, name: SegmentName, bytes: &[u8]) -> Taken {
     loop {
         match indexer.next_seen() {
             // Transactions are told in the indexes.
-            Ok(Some(Seen::Ended(_))) => {}
+            Ok(Some(Seen::Ended(_) | Seen::Running(_))) => {}
             Ok(Some(found)) => seen.push(found),
             Ok(None) => return Taken { indexer, seen, fault },
             Err(error) => {
@@ -545,7 +560,7 @@ impl Run<'_> {
 
     async fn take_up(&mut self, found: Seen, fault: Option<&DecodeError>) -> Result<(), RepoError> {
         match found {
-            Seen::Ended(_) => {}
+            Seen::Ended(_) | Seen::Running(_) => {}
             Seen::Names(name, names) if !names.rows.is_empty() => {
                 self.repo.put_names(&name, &names, self.source.major).await?;
             }

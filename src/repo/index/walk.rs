@@ -32,9 +32,9 @@ const AHEAD_BYTES: u64 = 64 << 20;
 /// that is older is told as incomplete.
 const LEAD_SEGMENTS: u64 = 4;
 
-/// With such an index it begins there, but not more than so many segments early: a transaction may have been forgotten
-/// open for days.
-const LEAD_SEGMENTS_MAX: u64 = 64;
+/// With such an index it begins there, but not more than so many bytes early: a transaction may have been forgotten open
+/// for days. Snapshots of names are as far apart.
+const LEAD_BYTES_MAX: u64 = 1 << 30;
 
 /// Commits lie in the WAL a little out of the order of their times. So long after the end of what is asked for nobody
 /// is late any more.
@@ -153,6 +153,8 @@ impl<'a> Walk<'a> {
             Some(from) => backups.filter(|backup| backup.stop_time < from).map(|backup| backup.start).max(),
             None => backups.map(|backup| backup.start).max(),
         };
+        // Whose the files are and what is open there was written earlier.
+        let before = before.map(|start| Lsn::new(start.bytes().saturating_sub(LEAD_BYTES_MAX)));
         let scope = before.map_or(CatalogScope::Everything, CatalogScope::WalFrom);
         let catalog = repo.catalog(scope).await?;
         let wanted = timeline.or_else(|| catalog.newest_timeline()).unwrap_or(TimelineId::FIRST);
@@ -233,7 +235,8 @@ impl<'a> Walk<'a> {
         if teller.is_told {
             progress.end();
         }
-        Ok(Walked { coverage: teller.coverage, decoder: teller.decoder, resume: teller.resume })
+        let is_to_end = wanted.last().is_some_and(|last| self.segments.last() == Some(last));
+        Ok(Walked { coverage: teller.coverage, decoder: teller.decoder, resume: teller.resume, is_to_end })
     }
 
     /// Where decoding must begin for what is open at the beginning of `segment`.
@@ -402,6 +405,8 @@ pub struct Walked {
     pub coverage: Coverage,
     decoder: Option<Decoder>,
     resume: Resume,
+    /// The last segment was told of.
+    is_to_end: bool,
 }
 
 /// Where decoding must begin so that no open transaction is missed.
@@ -521,14 +526,15 @@ impl Teller<'_> {
 /// A decoder that has seen enough of what lies before `name` to know the transactions that are open there.
 async fn lead_to(walk: &Walk<'_>, name: &SegmentName, resume: Resume) -> Result<Decoder, WalkError> {
     let size = name.size;
+    let lead_max = LEAD_BYTES_MAX.div_ceil(size.bytes());
     let (wanted, most) = match resume {
-        Resume::At(lsn) => (name.number.get().saturating_sub(size.segment_of(lsn).get()), LEAD_SEGMENTS_MAX),
+        Resume::At(lsn) => (name.number.get().saturating_sub(size.segment_of(lsn).get()), lead_max),
         Resume::Unknown => (LEAD_SEGMENTS, LEAD_SEGMENTS),
     };
     // What tables are called, and what lay where in their catalogs, is known from a snapshot on.
     let snapshot = walk.repo.names_before(&walk.path, name, walk.source.major).await?;
     let named = snapshot.as_ref().map_or(0, |(of, _)| name.number.get().saturating_sub(of.number.get()));
-    let far = wanted.min(most).max(if named <= LEAD_SEGMENTS_MAX { named } else { 0 });
+    let far = wanted.min(most).max(if named <= lead_max { named } else { 0 });
     let mut first = *name;
     while name.number.get() - first.number.get() < far {
         let Some(before) = first.number.previous().and_then(|number| walk.file(number)) else { break };
@@ -653,7 +659,9 @@ impl<'a> Follower<'a> {
     pub async fn behind(walk: &Walk<'a>, walked: Walked) -> Result<Self, WalkError> {
         let decoder = match (walked.decoder, walk.segments.last()) {
             (Some(decoder), _) => decoder,
-            (None, Some(last)) => lead_to(walk, &last.next(), walked.resume).await?,
+            (None, Some(last)) if walked.is_to_end => lead_to(walk, &last.next(), walked.resume).await?,
+            // Nothing was committed lately, and the last segment goes on.
+            (None, Some(last)) => lead_to(walk, last, walk.resume_before(last.number).await?).await?,
             (None, None) => {
                 let begin = walk.path.begin_of(walk.path.timeline()).unwrap_or(Lsn::ZERO);
                 let begin = begin.max(Lsn::new(walk.source.segment_size.bytes()));

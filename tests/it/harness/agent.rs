@@ -219,9 +219,9 @@ impl Agent {
 
     /// Waits until the server shows the agent's stream.
     pub(crate) async fn wait_streaming(&mut self, cluster: &Cluster) {
-        let query = "SELECT count(*) FROM pg_stat_replication WHERE application_name = 'walguard' \
+        let query = "SELECT count(*) > 0 FROM pg_stat_replication WHERE application_name = 'walguard' \
                      AND state = 'streaming'";
-        wait_for("the agent's stream", AGENT_DEADLINE, || async { cluster.text(query).await == "1" }).await;
+        wait_for("the agent's stream", AGENT_DEADLINE, || async { cluster.text(query).await == "t" }).await;
     }
 }
 

@@ -37,6 +37,17 @@ fn installed() -> &'static BTreeMap<u32, PathBuf> {
     })
 }
 
+/// The directory of a `pg_dump` that reads every major.
+pub(crate) fn client_dir() -> &'static Path {
+    static CLIENT: OnceLock<PathBuf> = OnceLock::new();
+    CLIENT.get_or_init(|| {
+        let output =
+            finish(Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/postgres-home"))).expect(0).stdout();
+        let found = output.lines().find_map(|line| line.strip_prefix("client "));
+        found.expect("no pg_dump of the newest version; run scripts/install-postgres").into()
+    })
+}
+
 /// The majors that are installed, oldest first.
 pub(crate) fn majors() -> Vec<u32> {
     installed().keys().copied().collect()

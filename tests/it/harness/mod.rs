@@ -24,7 +24,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 pub(crate) use agent::{Agent, AgentBuilder};
-pub(crate) use cluster::{Cluster, StopMode, majors};
+pub(crate) use cluster::{Cluster, ClusterBuilder, StopMode, client_dir, majors};
 pub(crate) use ledger::{Commit, Ledger, read_number};
 pub(crate) use proxy::Proxy;
 pub(crate) use receiver::{Answer, Received, Receiver};

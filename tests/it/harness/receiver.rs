@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::{Bytes, Incoming};
@@ -12,7 +12,7 @@ use hyper::{HeaderMap, Request, Response};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use tokio::net::{TcpListener, TcpSocket};
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::{JoinHandle, JoinSet};
 
 /// How a receiver answers.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,7 +60,7 @@ struct Shared {
 pub(crate) struct Receiver {
     address: SocketAddr,
     shared: Arc<Shared>,
-    task: Option<AbortHandle>,
+    task: Option<JoinHandle<()>>,
 }
 
 impl Receiver {
@@ -88,9 +88,15 @@ impl Receiver {
     }
 
     /// Nothing listens at its port any more.
-    pub(crate) fn down(&mut self) {
+    pub(crate) async fn down(&mut self) {
         if let Some(task) = self.task.take() {
             task.abort();
+            let _ = task.await; // that it was aborted
+        }
+        // A process that is just being started has the socket, too, until it runs its program.
+        let begin = Instant::now();
+        while tokio::net::TcpStream::connect(self.address).await.is_ok() && begin.elapsed() < Duration::from_secs(2) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
 
@@ -122,13 +128,15 @@ impl Receiver {
                 });
             }
         });
-        self.task = Some(task.abort_handle());
+        self.task = Some(task);
     }
 }
 
 impl Drop for Receiver {
     fn drop(&mut self) {
-        self.down();
+        if let Some(task) = self.task.take() {
+            task.abort();
+        }
     }
 }
 

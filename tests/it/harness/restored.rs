@@ -34,7 +34,7 @@ impl Restored {
         command.envs(env.iter().map(|(name, value)| (name, value)));
         let finished = finish(command).expect(0);
         let told = finished.json();
-        let pid = told["restore"]["running"]["pid"].as_i64().and_then(|pid| Pid::from_raw(pid as i32));
+        let pid = running(&told)["pid"].as_i64().and_then(|pid| Pid::from_raw(pid as i32));
         Self { scratch, told, pid }
     }
 
@@ -44,10 +44,15 @@ impl Restored {
 
     /// A connection of the superuser over the socket.
     pub(crate) async fn client(&self) -> Client {
-        let running = &self.told["restore"]["running"];
+        self.client_of("postgres").await
+    }
+
+    /// The same to another database.
+    pub(crate) async fn client_of(&self, database: &str) -> Client {
+        let running = running(&self.told);
         let mut config = tokio_postgres::Config::new();
         config.host_path(running["socket_dir"].as_str().unwrap()).port(running["port"].as_u64().unwrap() as u16);
-        let (client, connection) = config.user("postgres").dbname("postgres").connect(NoTls).await.unwrap();
+        let (client, connection) = config.user("postgres").dbname(database).connect(NoTls).await.unwrap();
         tokio::spawn(connection); // ends with the client
         client
     }
@@ -58,6 +63,11 @@ impl Restored {
         kill_process(pid, Signal::INT).unwrap();
         wait_for("the restored server's end", STOP_DEADLINE, || async { is_gone(pid) }).await;
     }
+}
+
+/// What is told of the server that runs, restored from WAL or made for a rebuild.
+fn running(told: &serde_json::Value) -> &serde_json::Value {
+    if told["server"].is_object() { &told["server"] } else { &told["restore"]["running"] }
 }
 
 impl Drop for Restored {
