@@ -1,5 +1,7 @@
 //! What cannot be rebuilt, or not whole, is said before somebody needs it, and refused when he does.
 
+use std::process::Stdio;
+
 use crate::archived_wal::repository;
 use crate::harness::{Agent, Cluster, Finished, Scratch, finish, walguard_command};
 use crate::managed::*;
@@ -264,4 +266,54 @@ async fn a_server_that_cannot_hold_the_database_is_told_what_it_lacks_and_left_a
     restore(&agent, &newer, "postgres", &["--to", "latest"]).await.expect(0);
     let again = restore(&agent, &newer, "postgres", &["--to", "latest"]).await.expect(1).stderr();
     assert!(again.contains("is not empty: it has public.t"), "{again}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rebuild_that_was_begun_is_gone_on_with_however_far_the_log_has_grown_since() {
+    let cluster = managed(15).await;
+    let scratch = Scratch::new();
+    let client = app(&cluster).await;
+    run(&client, "CREATE TABLE t (id int PRIMARY KEY, pad text); CREATE INDEX ON t (pad); CREATE INDEX ON t (pad, id)")
+        .await;
+    run(&client, "INSERT INTO t SELECT i, repeat('x', 100) || i FROM generate_series(1, 60000) i").await;
+    let mut agent = agent(&cluster, &scratch).spawn();
+    agent.wait_streaming(&cluster).await;
+    take_base(&agent, "first").await;
+    run(&client, "UPDATE t SET pad = 'y' || id WHERE id % 3 = 0").await;
+    let target = cluster.text("SELECT pg_current_wal_insert_lsn()").await;
+    wait_kept(&cluster).await;
+    let expected = contents(&client).await;
+
+    let into = cluster.conninfo_of("postgres").replace("dbname=postgres", "dbname=rebuilt");
+    cluster.sql("CREATE DATABASE rebuilt TEMPLATE template0").await;
+    let rebuild = |args: &[&str]| {
+        let mut command = walguard_command(&[&["restore", "--into", &into], args].concat());
+        command.args(agent.flags());
+        command
+    };
+    let finished = |args: &[&str]| tokio::task::block_in_place(|| finish(rebuild(args)));
+    let planned = || finished(&["--json", "--dry-run", "--to", &target]).expect(0).json()["plan"]["stop"].clone();
+    let stop = planned();
+
+    let mut killed = rebuild(&["--yes", "--to", &target]);
+    let mut killed = killed.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let half = connect(&into).await;
+    let begun = "SELECT to_regclass('walguard_rebuild.progress') IS NOT NULL";
+    while !half.query_one(begun, &[]).await.unwrap().get::<_, bool>(0) {
+        assert!(killed.try_wait().unwrap().is_none(), "it ended before its notes were seen");
+    }
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    assert!(half.query_one(begun, &[]).await.unwrap().get::<_, bool>(0), "it was killed too late");
+
+    run(&client, "DELETE FROM t WHERE id % 7 = 0").await;
+    wait_kept(&cluster).await;
+    assert_eq!(planned(), stop, "the same target is the same rebuild");
+    let other = finished(&["--yes", "--to", "latest"]).expect(1).stderr();
+    let stop = stop.as_str().unwrap();
+    let hint = format!("--to {stop} --backup first");
+    assert!(other.contains("holds another rebuild") && other.contains(&hint), "{other}");
+    let told = finished(&["--json", "--yes", "--to", stop, "--backup", "first"]).expect(0).json();
+    assert_eq!(told["restore"]["resumed"], true, "{told:#}");
+    assert_eq!(contents(&connect(&into).await).await, expected);
 }

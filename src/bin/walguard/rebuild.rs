@@ -108,8 +108,8 @@ pub(crate) async fn run(context: Context, args: &RestoreArgs, target: Target) ->
                     execute::prove(&repo, &planned, &options, &*progress, &cancel).await
                 }
                 Some(stop) => {
-                    let (database, found) = (planned.base.database_name.clone(), format!("a rebuild up to {stop}"));
-                    Err(RebuildError::NotEmpty { database, found })
+                    let (database, label) = (planned.base.database_name.clone(), planned.base.label.clone());
+                    Err(RebuildError::Other { database, label, stop: stop.to_string() })
                 }
             };
             if report.is_err() {

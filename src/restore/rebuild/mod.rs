@@ -78,6 +78,16 @@ pub enum RebuildError {
         /// Something that it has.
         found: String,
     },
+    /// It was begun with another base, up to another moment, or with other tables.
+    #[error("database {database} holds another rebuild, up to {stop}")]
+    Other {
+        /// The database's name.
+        database: String,
+        /// A base with which it can be gone on with.
+        label: String,
+        /// The place up to which it goes.
+        stop: String,
+    },
     /// Somebody wants tables that there are not.
     #[error("base {label} has no table `{pattern}`")]
     NoTable {
@@ -179,6 +189,12 @@ impl RebuildError {
             }
             Self::Partial(_) => {
                 "choose a moment before that, or say --partial: what can be rebuilt is, and the report says what is not"
+            }
+            Self::Other { label, stop, .. } => {
+                return Some(format!(
+                    "go on with that one with --to {stop} --backup {label} (and the --only that it was begun with), or begin \
+                     anew in an empty place"
+                ));
             }
             Self::NotEmpty { .. } => "make an empty one: CREATE DATABASE ... TEMPLATE template0",
             Self::NoTable { .. } => {

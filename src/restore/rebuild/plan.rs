@@ -63,7 +63,7 @@ pub struct Edge {
 pub struct Plan {
     /// The base.
     pub base: Manifest,
-    /// Transactions that commit before this place are rebuilt, and no others.
+    /// Transactions that commit before this place are rebuilt, and no others: the end of the last one, or the base's own place.
     pub stop: Lsn,
     /// The last transaction that is rebuilt from the log; `None` if it is the base alone.
     pub last_kept: Option<Edge>,
@@ -286,6 +286,9 @@ async fn survey(
     let mut follow = Follow::default();
     let mut before: Option<Header> = None;
     let (mut last_kept, mut first_lost, mut found_xid) = (None, None, false);
+    // By the last transaction that is rebuilt, and not by the log's end or by what follows: those change while it is rebuilt, and
+    // whoever is killed must find the same again.
+    let mut stop = base.consistent;
     let (mut transactions, mut changes) = (0, 0);
     let mut latest: Option<PgTime> = None;
     // Once it is reached, the log is read on for what happened to definitions before it and was found later.
@@ -350,6 +353,7 @@ async fn survey(
                     changes += survey.commit(commit.xid, commit.time);
                     transactions += 1;
                     last_kept = Some(edge);
+                    stop = commit.end;
                 }
                 Some(Event::Begin { .. }) | None => {}
             }
@@ -362,7 +366,6 @@ async fn survey(
     if first_lost.is_none() {
         reached(repo, bound, end, latest, found_xid).await?;
     }
-    let stop = first_lost.map_or(end, |edge| edge.lsn);
     let (rows, expected) = survey.rows();
     let (remarks, notes): (Vec<_>, _) = (survey.remarks.into_iter().collect(), survey.notes);
     if !request.partial && !remarks.is_empty() {

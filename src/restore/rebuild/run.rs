@@ -318,8 +318,8 @@ impl Rebuild<'_> {
             let text = |column: usize| row.try_get::<_, String>(column).map_err(look);
             let (label, stop) = (text(0)?, text(1)?);
             if label != base.label || stop.parse() != Ok(self.plan.stop) || text(4)? != self.left_empty() {
-                let found = format!("the beginning of another rebuild, of base {label} up to {stop}");
-                return Err(RebuildError::NotEmpty { database: self.options.into.dbname().to_owned(), found });
+                let database = self.options.into.dbname().to_owned();
+                return Err(RebuildError::Other { database, label, stop });
             }
             self.report.resumed = true;
             let applied = text(2)?.parse().unwrap_or(base.consistent);
