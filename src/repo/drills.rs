@@ -99,13 +99,13 @@ pub struct ReachedMoment {
 pub struct Seconds {
     /// Finding out what to restore.
     pub plan: f64,
-    /// Fetching and writing the base backup.
+    /// Fetching and writing the base backup, or copying its rows.
     pub extract: f64,
-    /// Replaying WAL up to the target.
+    /// Replaying WAL up to the target, or repeating changes.
     pub replay: f64,
     /// Everything that was looked at while the server ran.
     pub checks: f64,
-    /// Making a primary of it, stopping that, and reading all pages.
+    /// Making a primary of it, stopping that, and reading all pages; of a database, building indexes and constraints.
     pub finish: f64,
 }
 
@@ -122,6 +122,9 @@ pub struct Drill {
     pub host: String,
     /// What was to be restored: `latest`, `2025-12-17 ... (a random moment)`.
     pub target: String,
+    /// The database that was rebuilt, where changes of databases are kept and not a cluster's WAL.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub database: Option<String>,
     /// How it ended.
     pub outcome: Outcome,
     /// The base backup that it began with.
@@ -136,6 +139,9 @@ pub struct Drill {
     /// Bytes of WAL that were to be replayed.
     #[serde(default)]
     pub wal_bytes: u64,
+    /// Changes of rows that were to be repeated, of a database.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub changes: Option<u64>,
     /// The most that it took of the disk, in bytes, as far as that was seen.
     #[serde(default)]
     pub scratch_bytes_max: u64,
@@ -279,11 +285,13 @@ mod tests {
             finished_at: at + SignedDuration::from_secs(90),
             host: "db9".to_owned(),
             target: "latest".to_owned(),
+            database: None,
             outcome: Outcome::Proven,
             backup: None,
             reached: None,
             content_bytes: 0,
             wal_bytes: 0,
+            changes: None,
             scratch_bytes_max: 0,
             seconds: Seconds::default(),
             points: Vec::new(),

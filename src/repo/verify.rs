@@ -126,7 +126,7 @@ pub struct Problem {
 pub enum ProblemKind {
     /// An object is there and does not hold what it must.
     Damaged,
-    /// WAL between a backup and the end of its timeline is not there, and no gap was recorded.
+    /// WAL, or changes of a database, between a backup and the end of its timeline are not there, and no gap was recorded.
     MissingWal,
     /// An object is not there that another one names.
     MissingObject,

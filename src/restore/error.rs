@@ -5,6 +5,7 @@ use std::io;
 use std::path::PathBuf;
 
 use super::extract::ExtractError;
+use super::rebuild::RebuildError;
 use super::target::TargetError;
 use super::wal_fetch::FetchError;
 use crate::pg::{Lsn, PgTime, TimelineId};
@@ -56,6 +57,9 @@ pub enum RestoreError {
     /// The repository cannot be read.
     #[error(transparent)]
     Repo(#[from] RepoError),
+    /// The changes of a database cannot be made a database again.
+    #[error(transparent)]
+    Rebuild(Box<RebuildError>),
     /// The base backup cannot be read.
     #[error(transparent)]
     Backup(#[from] BackupError),
@@ -218,16 +222,20 @@ impl RestoreError {
 
     /// True if somebody asked to stop, and nothing is wrong.
     pub const fn is_cancelled(&self) -> bool {
-        matches!(
-            self,
-            Self::Cancelled | Self::Extract(ExtractError::Cancelled | ExtractError::Backup(BackupError::Cancelled))
-        )
+        match self {
+            Self::Cancelled | Self::Extract(ExtractError::Cancelled | ExtractError::Backup(BackupError::Cancelled)) => {
+                true
+            }
+            Self::Rebuild(error) => matches!(**error, RebuildError::Cancelled),
+            _ => false,
+        }
     }
 
     /// True if the same restore may work later.
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Repo(error) => error.is_transient(),
+            Self::Rebuild(error) => error.is_transient(),
             Self::Backup(error) => error.is_transient(),
             Self::Extract(error) => error.is_transient(),
             Self::Wal(error) => error.is_transient(),
@@ -240,6 +248,7 @@ impl RestoreError {
     pub fn hint(&self) -> Option<String> {
         let hint = match self {
             Self::Repo(error) => return error.hint(),
+            Self::Rebuild(error) => return error.hint(),
             Self::Backup(error) => return error.hint(),
             Self::Extract(error) => return error.hint(),
             Self::Wal(error) => return error.hint(),
@@ -289,5 +298,15 @@ impl RestoreError {
             Self::File { .. } | Self::Asking { .. } | Self::Cancelled => return None,
         };
         Some(hint)
+    }
+}
+
+impl From<RebuildError> for RestoreError {
+    fn from(error: RebuildError) -> Self {
+        match error {
+            RebuildError::Repo(error) => Self::Repo(error),
+            RebuildError::Cancelled => Self::Cancelled,
+            error => Self::Rebuild(Box::new(error)),
+        }
     }
 }

@@ -47,7 +47,7 @@ pub struct Check {
     pub name: String,
     /// The database.
     pub database: String,
-    /// A query; of its last result the first column of the only row counts. The server is in recovery: it can only read.
+    /// A query; of its last result the first column of the only row counts. It can only read.
     pub sql: String,
     /// What that column must be, as text; by default `t`, as a condition says that it holds.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -118,20 +118,20 @@ fn page_checksums(plan: &RestorePlan) -> Point {
     }
 }
 
-/// Asks a running server that was restored by `plan` what can be asked of it.
+/// Asks a running server that was restored what can be asked of it; with an incident, whether what that took away is there.
 ///
 /// # Errors
 /// If the server cannot be asked at all, or somebody asked to stop. What is wrong with the data is no error: it is what the
 /// points are about.
 pub async fn of_server(
     reach: &Reach,
-    plan: &RestorePlan,
+    incident: Option<&Incident>,
     wanted: Wanted<'_>,
     progress: &dyn Progress,
     cancel: &CancellationToken,
 ) -> Result<Vec<Point>, RestoreError> {
     let mut asking = Asking { server: Server::find(reach).await?, points: Vec::new(), progress, cancel };
-    if let Some(incident) = &plan.incident {
+    if let Some(incident) = incident {
         asking.rows(incident).await?;
         asking.protection(incident).await?;
     }
@@ -315,6 +315,7 @@ impl Asking<'_> {
             config.application_name("walguard drill").connect_timeout(CONNECT_MAX);
             let (client, connection) = config.connect(NoTls).await?;
             tokio::spawn(connection); // ends with the client, or when the server goes
+            client.batch_execute("SET default_transaction_read_only = on").await?;
             client.simple_query(&check.sql).await
         };
         let answer = cancellable(self.cancel, asked).await?;

@@ -284,16 +284,7 @@ impl Agent {
             };
             loops.start("backups", |stop| backups.run(stop));
         }
-        let drills = drills::Drills {
-            repo: self.repo.clone(),
-            config: settings.drill.clone(),
-            zone: self.zone.clone(),
-            settings: self.config.clone(),
-            repository: settings.repository.url.clone(),
-            cluster: settings.cluster.clone(),
-            board: board.clone(),
-        };
-        loops.start("drills", |stop| drills.run(stop));
+        self.start_drills(&mut loops, &board, Vec::new());
         loops.start("notify", |stop| notifier.run(told, stop));
 
         let (repo, held, proved) = (self.repo.clone(), lease.clone(), board.clone());
@@ -333,10 +324,13 @@ impl Agent {
             other.board = board.part(name);
             loops.start("database", |stop| other.run(stop));
         }
+        let database_name = origin.database_name.clone();
         first.start(&mut loops, origin);
         let evidence = self.start_evidence(&mut loops, &board);
         let seen = Seen { observed: observe, timeline, apart: 1 + others.len() };
         self.start_detection(&mut loops, &board, seen, (sessions.clone(), losses.clone()), (incidents, evidence));
+        let all = std::iter::once(&database_name).chain(others).cloned().collect();
+        self.start_drills(&mut loops, &board, all);
         let synchronous = tokio::sync::watch::Sender::new(false);
         self.start_watches(&mut loops, &board, synchronous, (sessions, losses));
         loops.start("notify", |stop| notifier.run(told, stop));
@@ -366,6 +360,21 @@ impl Agent {
         let saving = evidence::Saving { flashback, repo: self.repo.clone(), incidents };
         loops.start("evidence", |stop| saving.run(stop));
         Some(saved)
+    }
+
+    /// Starts the loop that proves that a restore works: of the cluster, or of each of these databases.
+    fn start_drills(&self, loops: &mut Loops, board: &Board, databases: Vec<String>) {
+        let drills = drills::Drills {
+            repo: self.repo.clone(),
+            config: self.settings.drill.clone(),
+            zone: self.zone.clone(),
+            settings: self.config.clone(),
+            repository: self.settings.repository.url.clone(),
+            cluster: self.settings.cluster.clone(),
+            databases,
+            board: board.clone(),
+        };
+        loops.start("drills", |stop| drills.run(stop));
     }
 
     /// Starts the loops that look over SQL at what only SQL tells.

@@ -37,6 +37,7 @@ mod list;
 mod logical;
 mod logical_databases;
 mod logical_definitions;
+mod logical_drill;
 mod logical_model;
 mod logical_private;
 mod logical_refusals;

@@ -206,7 +206,10 @@ async fn damaged_or_missing_wal_is_named_and_refused_and_what_lies_before_it_is_
     world.ledger.run(1).await;
     world.archive().await;
     let (name, path) = world.segment(hole);
-    super::harness::wait_for("the whole segment", ARCHIVE_DEADLINE, || async { path.exists() }).await;
+    // Without its tails, too, which would stand in for it.
+    let tails = path.with_file_name(format!("{name}.tail"));
+    let is_alone = || path.exists() && fs::read_dir(&tails).map_or(0, Iterator::count) == 0;
+    super::harness::wait_for("the segment to be there as a whole", ARCHIVE_DEADLINE, || async { is_alone() }).await;
     assert_eq!(world.dry_run(&["--to", "latest"]).code(), 0);
 
     let intact = fs::read(&path).unwrap();

@@ -496,7 +496,8 @@ pub(crate) struct RestoreArgs {
 /// Restores the newest state (or another moment) into a directory of its own, with a server that nobody reaches but
 /// walguard, and that neither archives nor connects to anything. Proves that it stands at the target, that tables and
 /// indexes are sound, that what `drill.checks` of the settings asks is so, that a primary comes of it, and that every page
-/// has its checksum. The result goes into the repository. Nothing else is left behind. Exits with 3 if something is not as
+/// has its checksum. With a logical source the database is rebuilt in a server of its own, and every table's rows are counted.
+/// The result goes into the repository. Nothing else is left behind. Exits with 3 if something is not as
 /// it should be, and with 1 if the moment could not be restored or the repository is damaged; then it says what is damaged,
 /// and which moments are unreachable because of it.
 #[derive(Debug, Args)]
@@ -517,6 +518,9 @@ pub(crate) struct DrillArgs {
     /// Restore a random moment since the oldest backup
     #[arg(long)]
     pub(crate) random: bool,
+    /// With a logical source: the database; by default that of the connection string, or the only one
+    #[arg(long, value_name = "NAME")]
+    pub(crate) database: Option<String>,
     /// Directory in which the drill makes one of its own
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) scratch_dir: Option<PathBuf>,

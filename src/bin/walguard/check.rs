@@ -1,5 +1,6 @@
 //! `walguard check`: everything that archiving and restoring need, looked at before it is needed.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io;
 use std::path::Path;
@@ -70,6 +71,8 @@ pub(crate) async fn run(context: Context, _: CheckArgs) -> anyhow::Result<Outcom
     } else if let Some(identity) = &identity {
         check_archive(&context, &repository, server.as_ref(), &mut findings).await;
         check_programs(identity, &mut findings);
+    }
+    if is_logical || identity.is_some() {
         check_drills(&context, &repository, &mut findings).await;
     }
     check_spool(&context.settings.spool.dir, context.settings.spool.size_max.as_u64(), &mut findings);
@@ -398,18 +401,21 @@ async fn check_drills(context: &Context, repository: &Repository, findings: &mut
         ));
     }
     if !config.every.is_zero() {
-        let backups = repository.backups().await.unwrap_or_default(); // told elsewhere
-        let needed = backups.iter().max_by_key(|backup| backup.stop_time).map_or(0, |backup| backup.content_bytes);
-        findings.extend(check_scratch(&config.scratch_dir, needed));
+        findings.extend(check_scratch(&config.scratch_dir, restored_bytes(repository).await));
     }
-    let proven = drills.iter().rfind(|drill| drill.problem().is_none());
     let look = "see them with `walguard drill list`, and make one with `walguard drill`";
-    if let Some((last, problem)) = drills.last().and_then(|last| Some((last, last.problem()?))) {
+    // Of each database, where there are several, the last counts; of the cluster there is one.
+    let last: BTreeMap<_, _> = drills.iter().map(|drill| (&drill.database, drill)).collect();
+    if let Some((last, problem)) = last.values().find_map(|last| Some((*last, last.problem()?))) {
         let ended = render::age(last.finished_at, now);
+        let of = last.database.as_ref().map(|name| format!(" of database {name}")).unwrap_or_default();
         let hint = last.hint.as_deref().unwrap_or(look);
-        findings.push(warning(topic, format!("the last one, {ended}, {}: {problem}", last.outcome.as_str()), hint));
+        let text = format!("the last one{of}, {ended}, {}: {problem}", last.outcome.as_str());
+        findings.push(warning(topic, text, hint));
         return;
     }
+    // None failed, so the last are proofs; the oldest of them is that of which all can be said.
+    let proven = last.values().min_by_key(|drill| drill.finished_at);
     let age = |drill: &Drill| Duration::try_from(now.duration_since(drill.finished_at)).unwrap_or_default();
     findings.push(match (proven, config.age_max()) {
         (Some(proven), Some(max)) if age(proven) > max => {
@@ -426,6 +432,20 @@ async fn check_drills(context: &Context, repository: &Repository, findings: &mut
             ..finding(Level::Ok, topic, "none is set up: nothing proves that a restore works before you need it")
         },
     });
+}
+
+/// What a restore takes of a disk: the newest backup, or the largest base of a database. What cannot be read is told elsewhere.
+async fn restored_bytes(repository: &Repository) -> u64 {
+    let backups = repository.backups().await.unwrap_or_default();
+    if let Some(newest) = backups.iter().max_by_key(|backup| backup.stop_time) {
+        return newest.content_bytes;
+    }
+    let mut largest = 0;
+    for database in repository.changed_databases().await.unwrap_or_default() {
+        let bases = repository.bases(database).await.unwrap_or_default();
+        largest = bases.last().map_or(0, |base| base.content_bytes).max(largest);
+    }
+    largest
 }
 
 /// Whether a drill can write where it should, and a base backup of `needed` bytes has room there.

@@ -8,8 +8,9 @@ use jiff::tz::TimeZone;
 use walguard::repo::drills::{Drill, Outcome as DrillOutcome, Point, Verdict};
 use walguard::repo::verify::Problem;
 use walguard::restore::Target;
-use walguard::restore::drill::{self, Moment, Report, Request};
+use walguard::restore::drill::{self, Kept, Moment, Report, Request};
 use walguard::restore::run as execute;
+use walguard::settings::Source;
 
 use crate::Outcome;
 use crate::args::{DrillArgs, DrillVerb};
@@ -37,6 +38,7 @@ pub(crate) async fn run(context: Context, args: DrillArgs) -> anyhow::Result<Out
     config.check().map_err(UsageError::new)?;
     execute::refuse_root()?;
     let request = Request {
+        kept: kept(&context, args.database)?,
         config,
         target,
         keep: args.keep,
@@ -58,6 +60,21 @@ pub(crate) async fn run(context: Context, args: DrillArgs) -> anyhow::Result<Out
     })
 }
 
+/// What is restored: the cluster, or one of the databases whose changes are kept.
+fn kept(context: &Context, database: Option<String>) -> anyhow::Result<Kept> {
+    match context.settings.source {
+        Source::Physical if database.is_some() => {
+            let hint = "a cluster's WAL restores all its databases";
+            Err(UsageError::with_hint("--database needs `source = \"logical\"`", hint).into())
+        }
+        Source::Physical => Ok(Kept::Cluster),
+        Source::Logical if database.is_none() && !context.settings.postgres.conninfo.is_empty() => {
+            Ok(Kept::Database(Some(context.conninfo()?.dbname().to_owned())))
+        }
+        Source::Logical => Ok(Kept::Database(database)),
+    }
+}
+
 async fn list(context: &Context, newest: usize) -> anyhow::Result<Outcome> {
     let drills = context.repository().await?.drills(newest).await?;
     if context.json {
@@ -73,7 +90,10 @@ async fn list(context: &Context, newest: usize) -> anyhow::Result<Outcome> {
         let time = drill.reached.and_then(|reached| reached.time);
         table.add_row([
             render::time(render::whole_seconds(drill.started_at), &context.zone),
-            render::printable(&drill.target),
+            render::printable(&match &drill.database {
+                Some(database) => format!("{database}: {}", drill.target),
+                None => drill.target.clone(),
+            }),
             drill.problem().map_or_else(|| "proven".to_owned(), |problem| render::printable(&problem)),
             took(drill.took_seconds()),
             time.map_or_else(|| "-".to_owned(), |time| render::time(time.timestamp(), &context.zone)),
@@ -135,9 +155,18 @@ fn text(report: &Report, zone: &TimeZone) -> String {
         let _ = writeln!(text, "  {name:<10}  {value}");
     };
     line("target", render::printable(&drill.target));
+    if let Some(database) = &drill.database {
+        line("database", render::printable(database));
+    }
     if let Some(backup) = &drill.backup {
         let (content, wal) = (render::bytes(drill.content_bytes), render::bytes(drill.wal_bytes));
-        line("from", format!("backup {backup}, {content}, and {wal} of WAL"));
+        line(
+            "from",
+            match drill.changes {
+                None => format!("backup {backup}, {content}, and {wal} of WAL"),
+                Some(changes) => format!("base {backup}, {content}, and {changes} changes of rows"),
+            },
+        );
     }
     if let Some(reached) = &drill.reached {
         let time = reached.time.map(|time| format!(", last commit {}", render::time(time.timestamp(), zone)));

@@ -147,7 +147,6 @@ async fn run(cli: Cli) -> anyhow::Result<Outcome> {
 /// Verbs that work on WAL have nothing to do where changes come by logical replication.
 fn refuse_without_wal(context: &Context, verb: &Verb) -> Result<(), report::UsageError> {
     let name = match verb {
-        Verb::Drill(_) => "drill",
         Verb::Index(_) => "index",
         Verb::Wal(_) => "wal explain",
         Verb::WalPush(_) => "wal-push",

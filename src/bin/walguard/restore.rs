@@ -149,7 +149,8 @@ async fn proof_of(
         Some(running) if is_asked => {
             let Running { socket_dir, port, role, .. } = running.clone();
             let wanted = Wanted { amcheck, checks: &[] };
-            match proof::of_server(&Reach { socket_dir, port, role }, plan, wanted, progress, cancel).await {
+            let (reach, incident) = (Reach { socket_dir, port, role }, plan.incident.as_deref());
+            match proof::of_server(&reach, incident, wanted, progress, cancel).await {
                 Ok(found) => points.extend(found),
                 Err(error) => points.push(not(error.to_string())),
             }

@@ -184,7 +184,8 @@ async fn try_plan(repo: &Repository, request: &Request, progress: &dyn Progress)
     Err(last_problem.unwrap_or(RebuildError::NoBase { target, oldest }))
 }
 
-async fn database(repo: &Repository, name: Option<&str>) -> Result<Oid, RebuildError> {
+/// The database of that name, or the only one.
+pub(in crate::restore) async fn database(repo: &Repository, name: Option<&str>) -> Result<Oid, RebuildError> {
     let mut found = Vec::new();
     for oid in repo.changed_databases().await? {
         if let Some(last) = repo.last_changes(oid, Lsn::MAX).await? {

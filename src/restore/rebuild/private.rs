@@ -23,6 +23,7 @@ use crate::restore::binaries::{self, Binaries};
 use crate::restore::directory::{self, Occupied};
 use crate::restore::error::RestoreError;
 use crate::restore::instance::{Instance, LOG, Listen, POLL_INTERVAL};
+use crate::restore::proof::Reach;
 use crate::restore::recovery::HBA;
 use crate::restore::run::{make_directory, stop_server};
 
@@ -246,6 +247,12 @@ impl Private {
         let dir = dir.replace('\\', "\\\\").replace('\'', "\\'");
         let text = format!("host='{dir}' port={port} user={ROLE} dbname=postgres sslmode=disable");
         Ok(ConnInfo::parse(&text, &Environment::default())?.with_dbname(&self.note.database))
+    }
+
+    /// The same, for whoever asks it things.
+    pub fn reach(&self) -> Reach {
+        let (socket_dir, port) = (self.instance.socket_dir.clone(), self.instance.port);
+        Reach { socket_dir, port, role: ROLE.to_owned() }
     }
 
     /// Up to where an earlier run has rebuilt everything, and proved it.
