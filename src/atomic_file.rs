@@ -1,8 +1,9 @@
-//! Files that hold the old bytes or the new ones, whatever happens in between.
+//! Files that hold the old bytes or the new ones, whatever happens in between; and files that one process has for itself.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 /// Replaces `path` by `bytes`: draft beside it, fsync, rename, fsync of the folder. The draft is named after the
 /// process, so that two of them never write into one.
@@ -58,6 +59,28 @@ fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
 fn draft_path(path: &Path) -> std::path::PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     path.with_file_name(format!(".{name}.{}-{:08x}.draft", std::process::id(), fastrand::u32(..)))
+}
+
+/// How long a lock is tried for. A process that is being started holds what its parent had open until it runs its program:
+/// its lock outlives the parent's by a moment.
+const LOCK_PATIENCE: Duration = Duration::from_millis(500);
+
+/// Locks an open file or folder for as long as it is open; false if another one has locked it. Waits for half a second at most.
+///
+/// # Errors
+/// If the file system has no locks, or fails.
+pub fn lock(file: &File) -> io::Result<bool> {
+    let begun = Instant::now();
+    loop {
+        match rustix::fs::flock(file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(true),
+            Err(rustix::io::Errno::WOULDBLOCK) if begun.elapsed() < LOCK_PATIENCE => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => return Ok(false),
+            Err(errno) => return Err(errno.into()),
+        }
+    }
 }
 
 #[cfg(test)]

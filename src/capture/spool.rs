@@ -357,10 +357,9 @@ fn take_lock(folder: &Path) -> Result<File, SpoolError> {
     let path = folder.join("lock");
     let file =
         OpenOptions::new().create(true).truncate(false).write(true).open(&path).map_err(failed("open", &path))?;
-    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(SpoolError::Locked { path: folder.to_owned() }),
-        Err(errno) => Err(failed("lock", &path)(errno.into())),
+    match atomic_file::lock(&file).map_err(failed("lock", &path))? {
+        true => Ok(file),
+        false => Err(SpoolError::Locked { path: folder.to_owned() }),
     }
 }
 

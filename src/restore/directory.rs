@@ -9,6 +9,7 @@ use rustix::process::{Pid, test_kill_process};
 use super::control;
 use super::error::RestoreError;
 use super::state;
+use crate::atomic_file;
 
 /// What lies at the target now.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -85,8 +86,8 @@ pub(super) struct Hold {
 /// If another restore works there. A file system without locks holds nobody up.
 pub(super) fn hold(path: &Path) -> Result<Hold, RestoreError> {
     let folder = fs::File::open(path).map_err(RestoreError::file("open", path))?;
-    match rustix::fs::flock(&folder, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(RestoreError::Directory {
+    match atomic_file::lock(&folder) {
+        Ok(false) => Err(RestoreError::Directory {
             path: path.to_owned(),
             problem: "is being restored into by another process".to_owned(),
             hint: "wait until it is done, or end it; the same command goes on then with what it left".to_owned(),

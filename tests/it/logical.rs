@@ -105,7 +105,7 @@ async fn an_emptied_managed_database_is_told_with_its_tables_rows_and_author() {
         assert!(of("replica identity")["text"].as_str().unwrap().contains("public.log"), "{checked:#}");
         assert_eq!(of("changes")["level"], "ok", "{checked:#}");
         assert!(verb(&agent, &["list"]).expect(0).stdout().contains("app"));
-        let refused = verb(&agent, &["drill"]);
+        let refused = verb(&agent, &["wal", "explain", "0/0..1/0"]);
         assert!(refused.stderr().contains("this source is logical"), "{refused}");
         assert!(agent.stop().await.success());
     }

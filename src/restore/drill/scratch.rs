@@ -9,10 +9,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytesize::ByteSize;
-use rustix::fs::FlockOperation;
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::Config;
+use crate::atomic_file;
 use crate::restore::control;
 use crate::restore::directory;
 use crate::restore::error::RestoreError;
@@ -142,7 +142,7 @@ impl Scratch {
         let mut made =
             Self { root: root.to_owned(), was_made, dir: PathBuf::new(), socket_dir: PathBuf::new(), keep, lock: None };
         let lock = File::open(root).map_err(|error| refuse(format!("cannot be used: {error}"), other))?;
-        if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+        if !atomic_file::lock(&lock).unwrap_or(false) {
             return Err(refuse(
                 "is in use: another drill runs there".to_owned(),
                 "wait until it has ended, or choose another place with --scratch-dir",
