@@ -10,6 +10,7 @@
 //!   merged/00000001/00256/000000010000001600000000   what the 256 segments from that one on hold, in short
 //!   names/00000001/000000010000001600000037          what relations are called where that segment begins
 //!   changes/16384/0000001600000037-00000000.zst      what logical replication told of a database, from that place on
+//!   changes/16384/0000001600000037-00000000-0000001600A00000.zst   the same up to there, many such in one
 //!   bases/16384/<label>/pre-data.sql.zst             a logical base: the schema of a database without indexes ...
 //!   bases/16384/<label>/16400-00001.copy.zst         ... a part of a table's rows ...
 //!   bases/16384/<label>/post-data.sql.zst            ... its indexes, constraints, triggers ...
@@ -288,9 +289,10 @@ impl Layout {
         format!("{}{database}/", self.all_changes_folder())
     }
 
-    /// A part of a database's change log.
+    /// A part of a database's change log. A merged object stands just before the first of those that it holds.
     pub fn changes(&self, name: &ChangesName) -> String {
-        format!("{}-{:08x}.zst", self.before_changes(name.database, name.from), name.part)
+        let end = name.merged_to.map(|to| format!("-{:016X}", to.bytes())).unwrap_or_default();
+        format!("{}-{:08x}{end}.zst", self.before_changes(name.database, name.from), name.part)
     }
 
     /// What sorts just before the parts of a database's change log that begin at `from`.
@@ -481,12 +483,21 @@ impl Layout {
             ["names", timeline, file] => Object::Names(parse_segment(timeline, file, size)?),
             ["changes", database, file] => {
                 let (from, part) = file.strip_suffix(".zst")?.split_once('-')?;
-                let plain =
-                    !from.bytes().any(|b| b.is_ascii_lowercase()) && !part.bytes().any(|b| b.is_ascii_uppercase());
+                let (part, to) = part.split_once('-').map_or((part, None), |(part, to)| (part, Some(to)));
+                let place = |text: &str| {
+                    let plain = !text.bytes().any(|b| b.is_ascii_lowercase());
+                    Some(Lsn::new(parse_hex(text, 16).filter(|_| plain)?))
+                };
+                let (from, plain) = (place(from)?, !part.bytes().any(|b| b.is_ascii_uppercase()));
+                let merged_to = match to {
+                    Some(to) => Some(place(to).filter(|to| *to > from)?),
+                    None => None,
+                };
                 Object::Changes(ChangesName {
                     database: Oid(parse_plain(database)?),
-                    from: Lsn::new(parse_hex(from, 16).filter(|_| plain)?),
-                    part: u32::try_from(parse_hex(part, 8)?).ok()?,
+                    from,
+                    part: u32::try_from(parse_hex(part, 8).filter(|_| plain)?).ok()?,
+                    merged_to,
                 })
             }
             ["base", label, "manifest"] => Object::Manifest { label: label.to_owned() },
@@ -658,8 +669,9 @@ mod tests {
                 let (timeline, from) = (TimelineId::new(timeline).unwrap(), Lsn::new(from));
                 Some(Object::Gap { timeline, from, to: from.checked_add(length)? })
             }),
-            (any::<u32>(), any::<u64>(), any::<u32>()).prop_map(|(database, from, part)| {
-                Object::Changes(ChangesName { database: Oid(database), from: Lsn::new(from), part })
+            (any::<u32>(), any::<u64>(), any::<u32>(), any::<Option<u64>>()).prop_map(|(database, from, part, to)| {
+                let merged_to = to.filter(|to| *to > from).map(Lsn::new);
+                Object::Changes(ChangesName { database: Oid(database), from: Lsn::new(from), part, merged_to })
             }),
             (0i64..4_000_000_000).prop_map(|s| Object::Verification(Timestamp::from_second(s).unwrap())),
             (0i64..4_000_000_000).prop_map(|s| Object::Drill(Timestamp::from_second(s).unwrap())),

@@ -5,8 +5,12 @@ use std::collections::BTreeMap;
 use std::process::Stdio;
 use std::time::Duration;
 
+use jiff::{SignedDuration, Timestamp};
 use tokio_postgres::Client;
+use tokio_util::sync::CancellationToken;
+use walguard::repo::changes::merge::Policy;
 
+use crate::archived_wal::repository;
 use crate::harness::{Agent, Cluster, Finished, Scratch, finish, walguard_command};
 use crate::managed::*;
 
@@ -63,6 +67,8 @@ struct Life {
     /// Numbers that were not used yet.
     next: u32,
     shifts: u32,
+    /// Objects of the log that hold others.
+    merged: u64,
     points: Vec<Point>,
 }
 
@@ -74,10 +80,11 @@ impl Life {
         for statement in TABLES.split(";\n") {
             run(&client, statement).await;
         }
-        let mut agent = agent(&cluster, &scratch).spawn();
+        let mut agent = agent(&cluster, &scratch).settings("[archive]\ntail_interval = \"20ms\"").spawn();
         agent.wait_streaming(&cluster).await;
         let random = fastrand::Rng::with_seed(seed);
-        let life = Self { cluster, scratch, agent, client, random, next: 1_000, shifts: 0, points: Vec::new() };
+        let life =
+            Self { cluster, scratch, agent, client, random, next: 1_000, shifts: 0, merged: 0, points: Vec::new() };
         life.base().await;
         life
     }
@@ -147,6 +154,18 @@ impl Life {
                 3 => "TRUNCATE parts".to_owned(),
                 _ => format!("INSERT INTO shifty (id) SELECT i FROM {series} ON CONFLICT DO NOTHING"),
             },
+        }
+    }
+
+    /// Merges objects of the log as the agent does with old ones, and deletes what was merged the last time.
+    async fn merge(&mut self) {
+        let repo = repository(&self.scratch.repo_url()).await;
+        let at_once =
+            Policy { age_min: SignedDuration::ZERO, grace: SignedDuration::ZERO, objects_max: 4, ..Policy::default() };
+        for database in repo.changed_databases().await.unwrap() {
+            let done =
+                repo.merge_changes(database, &at_once, Timestamp::now(), &CancellationToken::new()).await.unwrap();
+            self.merged += done.merged;
         }
     }
 
@@ -239,8 +258,12 @@ async fn any_moment_comes_back(source: u32, target: u32) {
             life.shift().await;
         }
         life.transaction().await;
+        if life.random.u8(0..8) == 0 {
+            life.merge().await;
+        }
     }
     wait_kept(&life.cluster).await;
+    life.merge().await;
     let newer = if target == source { None } else { Some(Cluster::builder().major(target).start().await) };
     let server = newer.as_ref().unwrap_or(&life.cluster);
     let mut resumed = 0;
@@ -270,6 +293,9 @@ async fn any_moment_comes_back(source: u32, target: u32) {
         assert_eq!(contents(&connect(&into).await).await, point.contents, "as of {}: {:#}", point.lsn, told["restore"]);
         server.sql(&format!("DROP DATABASE {database} WITH (FORCE)")).await;
     }
+    let verified = verb(&life.agent, &["verify"]);
+    assert_eq!(verified.code(), 0, "{verified}");
+    assert!(life.merged > 0, "objects were merged");
     eprintln!("{} moments from {source} into {target}, {resumed} of them went on with what a kill left", points());
     let _ = &life.scratch; // the repository lives as long
 }

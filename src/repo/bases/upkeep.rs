@@ -151,6 +151,11 @@ impl Repository {
             if object.key >= needed_key {
                 break; // keys sort as places do
             }
+            // What begins before and goes on behind is held by nothing else once its parts are gone.
+            let name = self.changes_name(&object.key);
+            if name.and_then(|name| name.merged_to).is_some_and(|to| to > needed.from) {
+                continue;
+            }
             plan.change_objects += 1;
             plan.bytes += object.size;
             plan.changes_before = Some(needed.from);
@@ -386,6 +391,36 @@ mod tests {
             content_bytes: 0,
             stored_bytes: 0,
         }
+    }
+
+    #[tokio::test]
+    async fn a_merged_object_that_goes_on_behind_what_is_needed_stays() {
+        let repo = crate::repo::tests::repository();
+        let one = |from: u64| ChangesName { database: Oid(5), from: Lsn::new(from), part: 0, merged_to: None };
+        let merged = |from, to: u64| ChangesName { merged_to: Some(Lsn::new(to)), ..one(from) };
+        let names = [merged(100, 300), one(100), one(200), merged(300, 500), one(300), one(400), one(500)];
+        for name in &names {
+            repo.store().create(&repo.layout().changes(name), "x".into()).await.unwrap();
+        }
+        let gone = async |needed: ChangesName| {
+            let mut plan = ExpireBases {
+                database: Oid(5),
+                database_name: "shop".into(),
+                kept: Vec::new(),
+                bases: Vec::new(),
+                unfinished: Vec::new(),
+                changes_before: None,
+                change_objects: 0,
+                bytes: 0,
+                keys: Vec::new(),
+            };
+            repo.add_changes_before(&mut plan, Oid(5), needed).await.unwrap();
+            plan.keys.into_iter().map(|(key, _)| repo.changes_name(&key).unwrap()).collect::<Vec<_>>()
+        };
+        assert_eq!(gone(merged(300, 500)).await, names[..3]);
+        // Its parts stand there still, and one of them is what is needed first.
+        assert_eq!(gone(one(400)).await, [merged(100, 300), one(100), one(200), one(300)]);
+        assert_eq!(gone(one(500)).await, names[..6]);
     }
 
     #[test]

@@ -23,6 +23,12 @@
 //! One can begin to read with any object. The server describes a table once in a session; an object that has changes of the
 //! table says it again before the first of them. Where the transactions began that are open when the object begins stands in
 //! its header (`open_from`).
+//!
+//! # Merged objects
+//!
+//! A busy server's log has an object for each second. When they are old, a run of them of one session is merged: the same
+//! messages behind a header of their own, under a name that also says where it ends (`merged_to`). It stands for all objects
+//! from its place to that end, which are deleted a day later; whoever lists sees only one of both.
 
 use jiff::Timestamp;
 
@@ -46,6 +52,9 @@ pub struct ChangesName {
     pub from: Lsn,
     /// Counts objects with the same `from`, from 0.
     pub part: u32,
+    /// It is a merged object, and ends here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub merged_to: Option<Lsn>,
 }
 
 /// An object of the same database.
@@ -66,17 +75,26 @@ impl ChangesName {
     /// What follows it if it ends at `to`.
     #[must_use]
     pub const fn followed_at(&self, to: Lsn) -> Self {
-        let Self { database, from, part } = *self;
+        let Self { database, from, part, merged_to: _ } = *self;
         match to.bytes() > from.bytes() {
-            true => Self { database, from: to, part: 0 },
-            false => Self { database, from, part: part.saturating_add(1) },
+            true => Self { database, from: to, part: 0, merged_to: None },
+            false => Self { database, from, part: part.saturating_add(1), merged_to: None },
         }
+    }
+
+    /// True if a merged object holds all of another one.
+    pub fn covers(&self, other: &Self) -> bool {
+        let within = |to: Lsn| match other.merged_to {
+            Some(other) => other <= to,
+            None => other.from < to,
+        };
+        self != other && self.place() <= other.place() && self.merged_to.is_some_and(within)
     }
 
     /// The object at that place of the same database's log.
     #[must_use]
     pub const fn at(&self, place: Place) -> Self {
-        Self { database: self.database, from: place.from, part: place.part }
+        Self { database: self.database, from: place.from, part: place.part, merged_to: None }
     }
 }
 
@@ -201,7 +219,7 @@ pub fn read_header(content: &[u8], name: ChangesName) -> Result<(Header, usize),
     let length = rest.iter().take(HEADER_BYTES_MAX).position(|byte| *byte == b'\n').ok_or(ChangesError::Magic)?;
     let json = rest.get(..length).ok_or(ChangesError::Magic)?;
     let header: Header = serde_json::from_slice(json).map_err(|error| ChangesError::Header(error.to_string()))?;
-    if header.name != name {
+    if header.name != name || name.merged_to.is_some_and(|to| header.to != to) {
         return Err(ChangesError::OtherName(header.name));
     }
     if header.to < name.from {
@@ -259,7 +277,7 @@ mod tests {
 
     fn header(from: u64, to: u64, part: u32) -> Header {
         Header {
-            name: ChangesName { database: Oid(5), from: Lsn::new(from), part },
+            name: ChangesName { database: Oid(5), from: Lsn::new(from), part, merged_to: None },
             database_name: "shop\n".into(),
             timeline: TimelineId::FIRST,
             to: Lsn::new(to),

@@ -4,7 +4,10 @@
 //! committed change behind the place where it begins ([`mod@format`]).
 
 pub mod format;
+pub mod merge;
 pub mod walk;
+
+use std::cmp::Reverse;
 
 use bytes::Bytes;
 use futures_util::TryStreamExt as _;
@@ -27,6 +30,21 @@ pub struct Changes {
     pub header: Header,
     /// Its messages ([`Messages`]).
     pub messages: Bytes,
+}
+
+/// The names in the order of the chain, each change in one of them: a merged object stands for those that it holds.
+fn once(mut names: Vec<ChangesName>) -> Vec<ChangesName> {
+    // Of two that begin at one place the longer comes first.
+    names.sort_unstable_by_key(|name| (name.place(), Reverse(name.merged_to)));
+    let mut held_to = None;
+    names.retain(|name| {
+        let is_held = held_to.is_some_and(|to| name.from < to);
+        if !is_held {
+            held_to = name.merged_to;
+        }
+        !is_held
+    });
+    names
 }
 
 impl Repository {
@@ -74,7 +92,8 @@ impl Repository {
         Ok(folders.iter().filter_map(oid).collect())
     }
 
-    /// The names of a database's objects behind `after`, or all, in the order of the chain.
+    /// The names of a database's objects behind `after`, or all, in the order of the chain. What a merged object holds is not
+    /// among them, once more.
     ///
     /// # Errors
     /// Of the store.
@@ -83,7 +102,13 @@ impl Repository {
         database: Oid,
         after: Option<ChangesName>,
     ) -> Result<Vec<ChangesName>, RepoError> {
-        let after = after.map(|name| self.layout().changes(&name));
+        let mut names = self.all_changes_after(database, after.map(|name| self.layout().changes(&name))).await?;
+        names.retain(|name| !after.is_some_and(|after| after.covers(name)));
+        Ok(once(names))
+    }
+
+    /// The names behind a key, those that are held by merged objects, too.
+    async fn all_changes_after(&self, database: Oid, after: Option<String>) -> Result<Vec<ChangesName>, RepoError> {
         let folder = self.layout().changes_folder(database);
         let named = self.objects(folder, after).map_ok(|object| self.changes_name(&object.key));
         named.try_filter_map(|name| async move { Ok(name) }).try_collect().await
@@ -97,7 +122,7 @@ impl Repository {
         Ok((names, page.next.is_some()))
     }
 
-    fn changes_name(&self, key: &str) -> Option<ChangesName> {
+    pub(in crate::repo) fn changes_name(&self, key: &str) -> Option<ChangesName> {
         match self.layout().parse(key, SegmentSize::DEFAULT) {
             Some(Object::Changes(name)) => Some(name),
             _ => None,
@@ -158,7 +183,7 @@ mod tests {
 
     fn header(from: u64, part: u32, to: u64) -> Header {
         Header {
-            name: ChangesName { database: Oid(5), from: Lsn::new(from), part },
+            name: ChangesName { database: Oid(5), from: Lsn::new(from), part, merged_to: None },
             database_name: "shop".into(),
             timeline: TimelineId::FIRST,
             to: Lsn::new(to),
@@ -186,6 +211,24 @@ mod tests {
         let other = Header { session: "b".into(), ..header };
         assert!(matches!(repo.put_changes(&other, &messages, 1).await, Err(RepoError::Conflict { .. })));
         assert_eq!(repo.changed_databases().await.unwrap(), [Oid(5)]);
+    }
+
+    #[test]
+    fn what_a_merged_object_holds_is_named_once_and_nothing_else_is_left_out() {
+        let one = |from| header(from, 0, 0).name;
+        let parts = |from, part| header(from, part, 0).name;
+        let merged = |from, to| ChangesName { merged_to: Some(Lsn::new(to)), ..one(from) };
+        let all = vec![one(100), parts(100, 1), one(200), one(300), one(500)];
+        assert_eq!(once(all.clone()), all);
+        let with = |more: &[ChangesName]| once([all.as_slice(), more].concat());
+        assert_eq!(with(&[merged(100, 300)]), [merged(100, 300), one(300), one(500)]);
+        assert_eq!(with(&[merged(100, 300), merged(100, 500)]), [merged(100, 500), one(500)], "the longer");
+        assert_eq!(with(&[merged(100, 300), merged(200, 500)]), [merged(100, 300), one(300), one(500)], "no overlap");
+        assert_eq!(with(&[merged(200, 300)]), [one(100), parts(100, 1), merged(200, 300), one(300), one(500)]);
+        assert_eq!(once(vec![merged(100, 300), one(500)]), [merged(100, 300), one(500)], "a hole stays one");
+        assert!(merged(100, 300).covers(&parts(100, 1)) && merged(100, 300).covers(&merged(100, 200)));
+        assert!(!merged(100, 300).covers(&one(300)) && !merged(100, 300).covers(&merged(200, 500)));
+        assert!(!merged(100, 300).covers(&merged(100, 300)) && !one(100).covers(&one(100)));
     }
 
     #[tokio::test]

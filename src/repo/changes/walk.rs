@@ -1,10 +1,8 @@
 //! Where to begin to read a change log, and what happened in a stretch of time.
 
-use std::collections::VecDeque;
-
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 
-use super::{Changes, ChangesName, Header, Messages, Within};
+use super::{Changes, ChangesName, Header, Messages, Within, once};
 use crate::decode::pgoutput::{Message, RelationInfo};
 use crate::detect::LogicalObserver;
 use crate::pg::{Lsn, Oid, PgTime};
@@ -15,7 +13,7 @@ use crate::repo::index::walk::{Coverage, Unread};
 use crate::repo::{RepoError, Repository};
 
 /// Objects fetched ahead of the one that is read: they hide a store's latency, and each has a few MiB.
-const AHEAD: usize = 8;
+pub(super) const AHEAD: usize = 8;
 
 /// Commits come a little out of the order of their times, and the clocks of agent and server differ.
 const LATE_MICROS: i64 = 600_000_000;
@@ -109,7 +107,10 @@ impl Chain {
 /// Whether an object follows the one before it.
 pub fn follows(before: Option<&Header>, name: ChangesName) -> Result<(), Broken> {
     match before {
-        Some(before) if before.next() != name => Err(Broken { after: before.to, expected: before.next(), found: name }),
+        // A merged object begins where the first did that it holds.
+        Some(before) if before.next().place() != name.place() => {
+            Err(Broken { after: before.to, expected: before.next(), found: name })
+        }
         _ => Ok(()),
     }
 }
@@ -206,22 +207,35 @@ impl Follower {
     }
 }
 
+/// Takes out what comes before the object that holds `begin`. If there is none, `begin` itself comes first, so that whoever
+/// reads is told that it is missing.
+fn begin_at(names: &mut Vec<ChangesName>, begin: ChangesName) {
+    let not_behind = names.partition_point(|name| name.place() <= begin.place());
+    match not_behind.checked_sub(1) {
+        Some(before) => _ = names.drain(..before),
+        None => names.insert(0, begin),
+    }
+}
+
 impl Repository {
     /// The objects that hold all transactions of a database which commit at or behind `from`, from their first message on.
     ///
     /// # Errors
     /// [`RepoError::Damaged`] if the first cannot be read; of the store.
     pub async fn changes_since(&self, database: Oid, from: Lsn) -> Result<Chain, RepoError> {
-        let Some(first) = self.last_changes(database, from).await? else {
+        let Some(last) = self.last_changes(database, from).await? else {
             return Ok(Chain { names: self.changes_after(database, None).await? });
         };
-        let begin = match self.changes(first).await?.header.open_from {
-            Some(open) => first.at(open),
-            None => first,
+        let first = self.changes(last).await?.header.open_from.unwrap_or(last.place());
+        // It may be held by an object that begins earlier, and it may have earlier parts.
+        let begin = match first.from < last.from {
+            true => self.last_changes(database, first.from).await?.map_or(first.from, |begin| begin.from),
+            false => last.from,
         };
-        let mut names = VecDeque::from(self.changes_after(database, Some(begin)).await?);
-        names.push_front(begin);
-        Ok(Chain { names: names.into() })
+        let key = self.layout().before_changes(database, begin);
+        let mut names = once(self.all_changes_after(database, Some(key)).await?);
+        begin_at(&mut names, last.at(first));
+        Ok(Chain { names })
     }
 
     /// Up to when things are known of a database: the time of its last commit, or up to when the agent proved that nothing
@@ -261,7 +275,9 @@ impl Repository {
             Ok(changes) => changes.header.open_from.map_or(*begin, |open| begin.at(open)),
             Err(_) => *begin, // told below
         };
-        let chain = Chain { names: names.into_iter().filter(|name| *name >= begin).collect() };
+        let mut names = names;
+        begin_at(&mut names, begin);
+        let chain = Chain { names };
         let long = chain.names.len() >= TOLD_FROM;
         if long {
             progress.begin("read changes", None);
@@ -319,7 +335,7 @@ mod tests {
 
     fn header(from: u64, to: u64, session: &str, within: Within) -> Header {
         Header {
-            name: ChangesName { database: Oid(5), from: Lsn::new(from), part: 0 },
+            name: ChangesName { database: Oid(5), from: Lsn::new(from), part: 0, merged_to: None },
             database_name: "shop".into(),
             timeline: TimelineId::FIRST,
             to: Lsn::new(to),

@@ -429,7 +429,7 @@ mod tests {
     }
 
     fn batch() -> Batch {
-        Batch::new(ChangesName { database: Oid(5), from: Lsn::new(100), part: 0 }, Lsn::new(100))
+        Batch::new(ChangesName { database: Oid(5), from: Lsn::new(100), part: 0, merged_to: None }, Lsn::new(100))
     }
 
     fn relation(in_stream: bool) -> Vec<u8> {

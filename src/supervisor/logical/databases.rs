@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::{Bases, Definitions, Logical, Origin, Publications, origin};
+use super::{Bases, Definitions, Logical, Merging, Origin, Publications, origin};
 use crate::backoff::{Chain, RetryPolicy};
 use crate::capture::{CaptureError, ConnInfo, logical};
 use crate::repo::Repository;
@@ -76,6 +76,8 @@ impl Database {
             wanted: wanted.clone(),
         };
         loops.start("definitions", |stop| looking.run(stop));
+        let merging = Merging { database, repo: self.repo.clone() };
+        loops.start("merging", |stop| merging.run(stop));
         let reading = Logical {
             conninfo: self.conninfo,
             slot: self.slot,

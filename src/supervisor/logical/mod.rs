@@ -18,6 +18,7 @@ mod bases;
 mod batch;
 mod databases;
 mod definitions;
+mod merging;
 mod publications;
 
 use std::time::Duration;
@@ -47,6 +48,7 @@ use crate::serve::status::{Board, GapSeen, Trouble};
 use bases::{Bases, Wanted};
 pub(super) use databases::Database;
 use definitions::Definitions;
+use merging::Merging;
 use publications::Publications;
 
 /// Settings of the sessions. The server begins to send a large transaction when its changes take more than the first, the
@@ -355,7 +357,7 @@ impl Logical {
     /// Where the log goes on. What lies between its end and the slot is lost, and said to be.
     async fn course(&self, at: Position, last: Option<&Header>, confirmed: Lsn) -> Result<Course, LogicalError> {
         let timeline = at.timeline;
-        let begin = ChangesName { database: self.origin.database, from: confirmed, part: 0 };
+        let begin = ChangesName { database: self.origin.database, from: confirmed, part: 0, merged_to: None };
         let Some(last) = last else { return Ok(Course { timeline, next: begin, end: confirmed, is_begin: true }) };
         if confirmed <= last.to {
             return Ok(Course { timeline, next: last.next(), end: last.to, is_begin: false });
