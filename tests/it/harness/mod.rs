@@ -16,6 +16,7 @@ pub(crate) mod webhook;
 
 use std::fs;
 use std::future::Future;
+use std::io;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -81,19 +82,28 @@ pub(crate) fn command(program: impl AsRef<Path>) -> Command {
     command
 }
 
-/// Makes a file or directory the unprivileged user's own, with all that is in it.
+/// Makes a file or directory the unprivileged user's own, with all that is in it. An agent may be at work there: what
+/// goes while we look is nobody's any more (a draft that was just renamed, a tail that its object replaced).
 pub(crate) fn give_away(path: &Path) {
     let Some(user) = unprivileged_user() else { return };
-    let kind = fs::symlink_metadata(path).unwrap_or_else(|error| panic!("{}: {error}", path.display())).file_type();
+    give_to(user, path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+}
+
+fn give_to(user: User, path: &Path) -> io::Result<()> {
+    let kind = fs::symlink_metadata(path)?.file_type();
     if kind.is_symlink() {
-        return;
+        return Ok(());
     }
-    chown(path, Some(user.uid), Some(user.gid)).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    chown(path, Some(user.uid), Some(user.gid))?;
     if kind.is_dir() {
-        for entry in fs::read_dir(path).unwrap() {
-            give_away(&entry.unwrap().path());
+        for entry in fs::read_dir(path)? {
+            match give_to(user, &entry?.path()) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                other => other?,
+            }
         }
     }
+    Ok(())
 }
 
 /// A directory of the unprivileged user, with a name short enough for a Unix socket in it. It goes when this value does,
