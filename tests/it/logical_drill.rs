@@ -34,8 +34,10 @@ fn point<'a>(told: &'a Value, name: &str) -> &'a Value {
     points.find(|point| point["name"] == name).unwrap_or_else(|| panic!("no point {name} in {told:#}"))
 }
 
+/// All that lies below a folder, without the drafts of what is being written.
 fn files(folder: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(folder).unwrap().flatten().map(|entry| entry.path());
+    let is_draft = |path: &PathBuf| path.file_name().unwrap().to_string_lossy().starts_with('.');
+    let entries = fs::read_dir(folder).unwrap().flatten().map(|entry| entry.path()).filter(|path| !is_draft(path));
     let mut found: Vec<_> = entries.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect();
     found.sort();
     found

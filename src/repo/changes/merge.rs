@@ -250,6 +250,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::super::format::{Sent, append};
+    use super::super::walk;
     use super::super::{Place, Within};
     use super::*;
     use crate::pg::{Lsn, PgTime, TimelineId};
@@ -313,7 +314,7 @@ mod tests {
         let (mut before, mut told) = (None::<Header>, Vec::new());
         while let Some((name, read)) = objects.try_next().await.unwrap() {
             let read = read.unwrap();
-            if let Err(broken) = super::super::walk::follows(before.as_ref(), name) {
+            if let Err(broken) = walk::follows(before.as_ref(), name) {
                 told.push((format!("hole at {}", broken.after), Vec::new()));
             }
             for sent in super::super::Messages::new(&read.messages) {
@@ -322,6 +323,12 @@ mod tests {
             before = Some(read.header);
         }
         told
+    }
+
+    /// The objects that whoever reads the whole log gets, and whether each was read.
+    async fn tell_all(repo: &Repository) -> Vec<(ChangesName, bool)> {
+        let chain = walk::Chain::of(repo.changes_after(DATABASE, None).await.unwrap());
+        chain.read(repo).map_ok(|(name, read)| (name, read.is_ok())).try_collect().await.unwrap()
     }
 
     async fn merge(repo: &Repository) -> Done {
@@ -368,7 +375,7 @@ mod tests {
     #[tokio::test]
     async fn what_is_young_waits_and_a_damaged_merged_object_goes_before_its_parts() {
         let repo = repository();
-        write(&repo, &[Step::Same, Step::Same, Step::Same, Step::Session, Step::Same]).await;
+        let headers = write(&repo, &[Step::Same, Step::Same, Step::Same, Step::Session, Step::Same]).await;
         let young = Policy { age_min: SignedDuration::from_hours(1), ..AT_ONCE };
         let none = repo.merge_changes(DATABASE, &young, Timestamp::now(), &CancellationToken::new()).await.unwrap();
         assert_eq!(none, Done::default());
@@ -382,6 +389,18 @@ mod tests {
         let key = repo.layout().changes(&merged);
         repo.store().delete(&key).await.unwrap();
         repo.store().create(&key, "broken".into()).await.unwrap();
+        assert_eq!(told(&repo, 100).await, before, "readers take what it holds");
+        assert_eq!(told(&repo, 250).await, before[1..]);
+        for lost in &headers[..3] {
+            let key = repo.layout().changes(&lost.name);
+            let content = repo.store().read(&key, None).await.unwrap();
+            repo.store().delete(&key).await.unwrap();
+            let chain = repo.changes_since(DATABASE, Lsn::new(500)).await.unwrap();
+            assert!(chain.names().iter().all(|name| *name != merged), "it is not needed");
+            let read = tell_all(&repo).await;
+            assert_eq!(read.iter().filter(|(_, is_read)| !is_read).count(), 1, "{lost:?}: some is not all: {read:?}");
+            repo.store().create(&key, content).await.unwrap();
+        }
         assert_eq!(merge(&repo).await.deleted, 1);
         assert_eq!(told(&repo, 100).await, before);
         merge(&repo).await;

@@ -114,6 +114,15 @@ impl Repository {
         named.try_filter_map(|name| async move { Ok(name) }).try_collect().await
     }
 
+    /// The names that begin where a merged object begins, or between there and its end.
+    async fn changes_within(&self, merged: ChangesName) -> Result<Vec<ChangesName>, RepoError> {
+        let folder = self.layout().changes_folder(merged.database);
+        let behind = self.layout().before_changes(merged.database, merged.from);
+        let named = self.objects(folder, Some(behind)).map_ok(|object| self.changes_name(&object.key));
+        let named = named.try_filter_map(|name| async move { Ok(name) });
+        named.try_take_while(|name| std::future::ready(Ok(Some(name.from) < merged.merged_to))).try_collect().await
+    }
+
     /// The first page of the names behind the key `after`, and whether there are more.
     async fn changes_page(&self, database: Oid, after: String) -> Result<(Vec<ChangesName>, bool), RepoError> {
         let prefix = self.layout().changes_folder(database);

@@ -3,6 +3,7 @@
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 
 use super::{Changes, ChangesName, Header, Messages, Within, once};
+use crate::backoff;
 use crate::decode::pgoutput::{Message, RelationInfo};
 use crate::detect::LogicalObserver;
 use crate::pg::{Lsn, Oid, PgTime};
@@ -82,25 +83,31 @@ pub struct Broken {
 }
 
 impl Chain {
+    /// The objects of these names, in this order.
+    pub(super) fn of(names: Vec<ChangesName>) -> Self {
+        Self { names }
+    }
+
     /// Their names.
     pub fn names(&self) -> &[ChangesName] {
         &self.names
     }
 
-    /// Reads them.
-    pub fn read<'a>(
-        &'a self,
-        repo: &'a Repository,
-    ) -> impl stream::Stream<Item = Result<(ChangesName, Result<Changes, RepoError>), RepoError>> + 'a {
-        let read = move |name: ChangesName| async move {
-            match repo.changes(name).await {
-                Ok(changes) => Ok((name, Ok(changes))),
-                Err(error @ RepoError::Damaged { .. }) => Ok((name, Err(error))),
-                Err(error) if error.is_not_found() => Ok((name, Err(error))),
-                Err(error) => Err(error),
-            }
-        };
-        stream::iter(self.names.iter().copied()).map(read).buffered(AHEAD)
+    /// Reads them. In place of a merged object that cannot be read come those that it holds, as long as they are there.
+    pub fn read<'a>(&'a self, repo: &'a Repository) -> impl stream::Stream<Item = Result<Read, RepoError>> + 'a {
+        let objects = stream::iter(self.names.iter().copied()).map(|name| repo.read_changes(name)).buffered(AHEAD);
+        objects.map_ok(|objects| stream::iter(objects.into_iter().map(Ok))).try_flatten()
+    }
+}
+
+/// An object of the log, or why it cannot be read: it is damaged, or not there.
+pub type Read = (ChangesName, Result<Changes, RepoError>);
+
+/// What is damaged or missing is for whoever reads to tell; other errors are the store's, and end the reading.
+fn readable(read: Result<Changes, RepoError>) -> Result<Result<Changes, RepoError>, RepoError> {
+    match read {
+        Err(error) if !error.is_not_found() && !matches!(error, RepoError::Damaged { .. }) => Err(error),
+        read => Ok(read),
     }
 }
 
@@ -149,7 +156,7 @@ impl Follower {
     /// Of the store; the next round may work.
     pub async fn go_on(&mut self, chronicle: &mut Chronicle) -> Result<Vec<Unread>, RepoError> {
         let repo = self.repo.clone();
-        let chain = Chain { names: repo.changes_after(self.database, self.last).await? };
+        let chain = Chain::of(repo.changes_after(self.database, self.last).await?);
         let mut objects = std::pin::pin!(chain.read(&repo));
         while let Some((name, read)) = objects.try_next().await? {
             self.take(name, read, chronicle);
@@ -218,13 +225,45 @@ fn begin_at(names: &mut Vec<ChangesName>, begin: ChangesName) {
 }
 
 impl Repository {
+    /// An object, or in its place those that it holds.
+    async fn read_changes(&self, name: ChangesName) -> Result<Vec<Read>, RepoError> {
+        let error = match readable(self.changes(name).await)? {
+            Ok(changes) => return Ok(vec![(name, Ok(changes))]),
+            Err(error) => error,
+        };
+        let Some(held) = self.held(name).await? else { return Ok(vec![(name, Err(error))]) };
+        tracing::warn!("what a merged object holds is read in its place: {}", backoff::Chain(&error));
+        Ok(held.into_iter().map(|changes| (changes.header.name, Ok(changes))).collect())
+    }
+
+    /// What a merged object holds, from the objects that were merged into it; `None` if they do not give all of it any more.
+    async fn held(&self, merged: ChangesName) -> Result<Option<Vec<Changes>>, RepoError> {
+        if merged.merged_to.is_none() {
+            return Ok(None);
+        }
+        let mut names = self.changes_within(merged).await?;
+        names.retain(|name| merged.covers(name));
+        let mut objects = stream::iter(once(names)).map(|name| self.changes(name)).buffered(AHEAD);
+        let (mut held, mut next) = (Vec::<Changes>::new(), merged.place());
+        while let Some(read) = objects.next().await {
+            let Ok(changes) = readable(read)? else { return Ok(None) };
+            if changes.header.name.place() != next {
+                return Ok(None);
+            }
+            next = changes.header.next().place();
+            held.push(changes);
+        }
+        let is_all = held.last().is_some_and(|last| Some(last.header.to) == merged.merged_to);
+        Ok(is_all.then_some(held))
+    }
+
     /// The objects that hold all transactions of a database which commit at or behind `from`, from their first message on.
     ///
     /// # Errors
     /// [`RepoError::Damaged`] if the first cannot be read; of the store.
     pub async fn changes_since(&self, database: Oid, from: Lsn) -> Result<Chain, RepoError> {
         let Some(last) = self.last_changes(database, from).await? else {
-            return Ok(Chain { names: self.changes_after(database, None).await? });
+            return Ok(Chain::of(self.changes_after(database, None).await?));
         };
         let first = self.changes(last).await?.header.open_from.unwrap_or(last.place());
         // It may be held by an object that begins earlier, and it may have earlier parts.
@@ -235,7 +274,7 @@ impl Repository {
         let key = self.layout().before_changes(database, begin);
         let mut names = once(self.all_changes_after(database, Some(key)).await?);
         begin_at(&mut names, last.at(first));
-        Ok(Chain { names })
+        Ok(Chain::of(names))
     }
 
     /// Up to when things are known of a database: the time of its last commit, or up to when the agent proved that nothing
@@ -277,7 +316,7 @@ impl Repository {
         };
         let mut names = names;
         begin_at(&mut names, begin);
-        let chain = Chain { names };
+        let chain = Chain::of(names);
         let long = chain.names.len() >= TOLD_FROM;
         if long {
             progress.begin("read changes", None);
