@@ -1,12 +1,13 @@
 //! Without a database to go into, a rebuild makes a server of its own.
 
+use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
 use walguard::detect::incident::Incident;
 
 use crate::archived_wal::repository;
-use crate::harness::{Restored, Scratch, command, finish, restore, walguard_command};
+use crate::harness::{Restored, Scratch, command, finish, restore, wait_for, walguard_command};
 use crate::managed::*;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -102,9 +103,7 @@ async fn a_rebuild_in_a_new_server_that_is_killed_at_any_moment_goes_on_when_run
         );
     }
     assert!(!dir.join("postmaster.pid").exists(), "it was asked to stop");
-    let left: Vec<_> = std::fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-    let notes = ["walguard-rebuild.json", "walguard-initdb", "walguard-rebuild-changes"];
-    assert!(!left.iter().any(|name| notes.contains(&name.to_str().unwrap())), "{left:?}");
+    assert_eq!(left_by_a_rebuild(&dir), [] as [String; 0]);
 
     // It is a cluster like any other from now on.
     let log = place.join("log");
@@ -153,6 +152,49 @@ async fn a_rebuild_in_a_new_server_that_is_killed_at_any_moment_goes_on_when_run
     let wal_level: String = restored.client().await.query_one("SHOW wal_level", &[]).await.unwrap().get(0);
     assert_eq!(wal_level, "replica", "what the rebuild was tuned to is gone");
     restored.stop().await;
+}
+
+/// What is in a directory of a rebuild that is not a cluster's, nor its log.
+fn left_by_a_rebuild(dir: &Path) -> Vec<String> {
+    let names = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.file_name());
+    let names = names.map(|name| name.into_string().unwrap());
+    names.filter(|name| name.contains("walguard-initdb") || name.contains("walguard-rebuild")).collect()
+}
+
+/// Law broken: what a killed run left behind was still at work in the folder of the next, whose `initdb` failed of it; the
+/// database came back with another locale.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rebuild_that_is_killed_while_the_cluster_is_made_goes_on_beside_what_it_left_at_work() {
+    let cluster = managed(15).await;
+    let scratch = Scratch::new();
+    let client = app(&cluster).await;
+    run(&client, "CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t SELECT generate_series(1, 1000)").await;
+    let mut agent = agent(&cluster, &scratch).spawn();
+    agent.wait_streaming(&cluster).await;
+    take_base(&agent, "first").await;
+    let place = Scratch::new();
+    let dir = place.join("data");
+    let args = ["--to", "latest", "--action", "shutdown"];
+    for _ in 0..3 {
+        let before = left_by_a_rebuild(&dir);
+        let is_at_work = || {
+            let mut new = left_by_a_rebuild(&dir).into_iter().filter(|name| !before.contains(name));
+            new.any(|name| std::fs::read_dir(dir.join(name)).is_ok_and(|files| files.count() > 3))
+        };
+        let mut all = vec!["restore", "--yes", "--json", "--target-dir", dir.to_str().unwrap()];
+        all.extend(args);
+        let mut killed = walguard_command(&all);
+        killed.args(agent.flags()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut killed = killed.spawn().unwrap();
+        wait_for("initdb", DEADLINE, || async { is_at_work() }).await;
+        killed.kill().unwrap();
+        killed.wait().unwrap();
+    }
+    let told = tokio::task::block_in_place(|| restore(&dir, &agent.flags(), &args)).expect(0).json();
+    assert_eq!(told["server"]["remarks"], serde_json::json!([]), "{told:#}");
+    assert_eq!(told["restore"]["tables_verified"], 1, "{told:#}");
+    assert_eq!(left_by_a_rebuild(&dir), [] as [String; 0]);
+    assert!(agent.stop().await.success());
 }
 
 const LOCALE: &str = "SELECT concat_ws(' ', pg_encoding_to_char(encoding), datcollate, datctype, \

@@ -30,8 +30,12 @@ use crate::restore::run::{make_directory, stop_server};
 /// Says that the directory is that of a rebuild which has not come to its end.
 const NOTE: &str = "walguard-rebuild.json";
 
-/// Where `initdb` works.
-const DRAFT: &str = "walguard-initdb";
+/// How a folder's name begins where `initdb` works. Each has one of its own: the `initdb` of a run that was killed may be at work
+/// still.
+const DRAFT: &str = "walguard-initdb-";
+
+/// How often a folder is emptied in which somebody is at work that was orphaned; it ends when it misses a file.
+const CLEAR_TRIES: usize = 50;
 
 /// What a rebuild keeps for a while.
 const SPILL: &str = "walguard-rebuild-changes";
@@ -218,9 +222,10 @@ impl Private {
         note.write(&dir)?;
         stop_server(&dir).await?;
         if !dir.join("PG_VERSION").exists() {
-            note.remarks = initdb(&binaries, &dir, &base.locale)?;
+            let draft;
+            (draft, note.remarks) = initdb(&binaries, &dir, &base.locale).await?;
             note.write(&dir)?;
-            complete(&dir)?;
+            complete(&draft, &dir)?;
         }
         fs::write(dir.join(HBA), LET_IN).map_err(RestoreError::file("write", dir.join(HBA)))?;
         let tuned = TUNED.map(|(name, value)| (name, value.to_owned()));
@@ -327,11 +332,16 @@ impl Private {
             remarks: self.note.remarks,
             data_dir: dir.clone(),
         };
-        for left in [DRAFT, SPILL] {
-            let _ = fs::remove_dir_all(dir.join(left)); // by runs that were killed
-        }
-        for entry in fs::read_dir(&dir).into_iter().flatten().flatten().filter(|entry| is_draft(&entry.file_name())) {
-            let _ = fs::remove_file(entry.path());
+        // What runs left behind that were killed.
+        for entry in fs::read_dir(&dir).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let _ = match name.as_encoded_bytes() {
+                bytes if bytes.starts_with(DRAFT.as_bytes()) || bytes == SPILL.as_bytes() => {
+                    fs::remove_dir_all(entry.path())
+                }
+                _ if is_draft(&name) => fs::remove_file(entry.path()),
+                _ => Ok(()),
+            };
         }
         let removed = fs::remove_file(dir.join(NOTE)).and_then(|()| atomic_file::sync_folder_of(&dir.join(NOTE)));
         removed.map_err(RestoreError::file("remove", dir.join(NOTE)))?;
@@ -363,43 +373,48 @@ fn likenesses(locale: &Locale) -> Vec<Vec<String>> {
     all
 }
 
-/// Has `initdb` make a cluster in a folder of the directory. Gives what is not as it was in the original's.
-fn initdb(binaries: &Binaries, dir: &Path, locale: &Locale) -> Result<Vec<String>, RestoreError> {
+/// Has `initdb` make a cluster in a folder of the directory. Gives the folder, and what is not as it was in the original's.
+async fn initdb(binaries: &Binaries, dir: &Path, locale: &Locale) -> Result<(PathBuf, Vec<String>), RestoreError> {
     let mut first_failure = None;
     for like in likenesses(locale) {
-        clear(dir)?;
-        match try_initdb(binaries, dir, &like) {
-            Ok(()) if first_failure.is_none() => return Ok(Vec::new()),
+        clear(dir).await?;
+        let draft = dir.join(format!("{DRAFT}{:08x}", fastrand::u32(..)));
+        match try_initdb(binaries, &draft, &dir.join(LOG), &like) {
+            Ok(()) if first_failure.is_none() => return Ok((draft, Vec::new())),
             Ok(()) => {
                 let wanted = locale.locale.as_ref().unwrap_or(&locale.collate);
-                return Ok(vec![format!(
-                    "text sorts as with {}: locale {wanted} is not to be had here",
-                    like.join(" ")
-                )]);
+                let remark = format!("text sorts as with {}: locale {wanted} is not to be had here", like.join(" "));
+                return Ok((draft, vec![remark]));
             }
             Err(error) => first_failure = first_failure.or(Some(error)),
         }
     }
-    first_failure.map_or(Ok(Vec::new()), Err)
+    Err(first_failure.expect("there is always a likeness to try"))
 }
 
 /// Empties the directory but for the note: whatever lies there is ours, for a cluster that was complete has its version.
-fn clear(dir: &Path) -> Result<(), RestoreError> {
+async fn clear(dir: &Path) -> Result<(), RestoreError> {
     for entry in fs::read_dir(dir).map_err(RestoreError::file("look into", dir))? {
         let path = entry.map_err(RestoreError::file("look into", dir))?.path();
         if path.file_name().is_some_and(|name| name == NOTE) {
             continue;
         }
-        let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
-        removed.map_err(RestoreError::file("remove", path))?;
+        let mut tries = 0;
+        while let Err(error) = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) } {
+            match error.kind() {
+                io::ErrorKind::NotFound => break, // whoever is orphaned removes its own, too
+                io::ErrorKind::DirectoryNotEmpty if tries < CLEAR_TRIES => tries += 1,
+                _ => return Err(RestoreError::file("remove", path)(error)),
+            }
+            tokio::time::sleep(POLL_INTERVAL).await;
+        }
     }
     Ok(())
 }
 
-fn try_initdb(binaries: &Binaries, dir: &Path, like: &[String]) -> Result<(), RestoreError> {
-    let (draft, log) = (dir.join(DRAFT), dir.join(LOG));
-    let output = File::create(&log).map_err(RestoreError::file("make", &log))?;
-    let second = output.try_clone().map_err(RestoreError::file("open", &log))?;
+fn try_initdb(binaries: &Binaries, draft: &Path, log: &Path, like: &[String]) -> Result<(), RestoreError> {
+    let output = File::create(log).map_err(RestoreError::file("make", log))?;
+    let second = output.try_clone().map_err(RestoreError::file("open", log))?;
     let program = binaries.dir.join("initdb");
     let mut command = Command::new(&program);
     command.args([
@@ -409,22 +424,22 @@ fn try_initdb(binaries: &Binaries, dir: &Path, like: &[String]) -> Result<(), Re
         "--auth-host=scram-sha-256",
         "--data-checksums",
     ]);
-    command.args(like).arg(format!("--username={ROLE}")).arg("-D").arg(&draft);
+    command.args(like).arg(format!("--username={ROLE}")).arg("-D").arg(draft);
     command.stdin(Stdio::null()).stdout(output).stderr(second);
     let status = command.status().map_err(RestoreError::file("run", &program))?;
     if status.success() {
         return Ok(());
     }
-    let log_tail = fs::read_to_string(&log).unwrap_or_default();
-    Err(RestoreError::Server { problem: format!("initdb failed ({status})"), log_tail, log })
+    let log_tail = fs::read_to_string(log).unwrap_or_default();
+    Err(RestoreError::Server { problem: format!("initdb failed ({status})"), log_tail, log: log.to_owned() })
 }
 
 /// Moves what `initdb` made to its place: it is complete when its version is there.
-fn complete(dir: &Path) -> Result<(), RestoreError> {
-    let (draft, version) = (dir.join(DRAFT), OsString::from("PG_VERSION"));
+fn complete(draft: &Path, dir: &Path) -> Result<(), RestoreError> {
+    let version = OsString::from("PG_VERSION");
     let moved = (|| {
         let up = |name: &OsString| fs::rename(draft.join(name), dir.join(name));
-        for entry in fs::read_dir(&draft)? {
+        for entry in fs::read_dir(draft)? {
             let name = entry?.file_name();
             if name != version {
                 up(&name)?;
@@ -432,10 +447,10 @@ fn complete(dir: &Path) -> Result<(), RestoreError> {
         }
         atomic_file::sync_folder_of(&dir.join(&version))?;
         up(&version)?;
-        fs::remove_dir(&draft)?;
+        fs::remove_dir(draft)?;
         atomic_file::sync_folder_of(&dir.join(&version))
     })();
-    moved.map_err(|error: io::Error| RestoreError::file("move", &draft)(error))
+    moved.map_err(|error: io::Error| RestoreError::file("move", draft)(error))
 }
 
 #[cfg(test)]
