@@ -547,7 +547,11 @@ impl Detector {
                 return;
             }
             match place {
-                Some(place) if losses.iter().any(|damage| damage.is_emptied() || self.holds(place, damage.key())) => {
+                // What others lose beside a transaction that is still open does not make that one committed.
+                Some(place)
+                    if self.has_harm(place)
+                        && losses.iter().any(|damage| damage.is_emptied() || self.holds(place, damage.key())) =>
+                {
                     let kept: Vec<Damage> = losses.into_iter().cloned().collect();
                     let ended = Ended { damages: &kept, ..ended };
                     self.join(place, &ended, who);
@@ -589,6 +593,10 @@ impl Detector {
             zone: &self.zone,
         };
         !self.config.is_watched(&damage.relation) || self.config.judge(&case, Severity::Critical).is_none()
+    }
+
+    fn has_harm(&self, place: usize) -> bool {
+        self.active.get(place).is_some_and(Active::is_committed)
     }
 
     fn holds(&self, place: usize, table: TableKey) -> bool {
@@ -697,6 +705,7 @@ impl Detector {
             !incident.is_condition()
                 && incident.timeline == self.timeline // its places mean nothing on another
                 && incident.state != State::Resolved
+                && !active.came_to_nothing()
                 && at.duration_since(incident.ended_at) <= span
                 && incident.began_at.duration_since(at) <= span
         };
@@ -769,10 +778,10 @@ impl Detector {
             deleted: rows.deleted,
             who: ended.who.clone(),
         };
+        if !active.is_committed() {
+            active.incident.tables.clear(); // they were what open transactions had done so far
+        }
         if let Some(part) = &part {
-            if !active.is_committed() {
-                active.incident.tables.clear(); // they were what it had done so far
-            }
             active.incident.transactions.retain(|known| known.begin != part.begin || known.xid != Some(part.xid));
             let text = format!("transaction {} committed", name_of(transaction.xid));
             active.incident.moment(Moment { at: transaction.time.timestamp(), lsn: Some(transaction.lsn), text });
@@ -1155,6 +1164,13 @@ impl Touch {
 impl Active {
     fn is_committed(&self) -> bool {
         self.incident.transactions.iter().any(|transaction| transaction.state == TransactionState::Committed)
+    }
+
+    /// All of it was rolled back. What comes later is something else.
+    fn came_to_nothing(&self) -> bool {
+        let mut transactions = self.incident.transactions.iter();
+        !self.incident.transactions.is_empty()
+            && transactions.all(|transaction| transaction.state == TransactionState::Aborted)
     }
 
     fn of(incident: Incident) -> Self {

@@ -873,6 +873,46 @@ fn a_suspicion_that_is_rolled_back_is_told_as_such_and_nothing_is_lost() {
     assert_eq!(found[0].tables[0].deleted, 5_000, "what was tried is told");
 }
 
+/// Law broken: one row that was deleted half a second after a wipe had been rolled back made an alarm of it, which said that the
+/// wipe was committed.
+#[test]
+fn what_was_rolled_back_stays_that_whatever_is_committed_on_the_same_table_later() {
+    let mut world = World::with_tables(&[(&t(), 5_000)]);
+    world.open(900, &[tally(&t(), deleted(4_000))], &[]);
+    let undone = Transaction { committed: false, ..transaction(900, world.millis, vec![], vec![]) };
+    world.end(&undone);
+    world.delete(&t(), 1);
+    let found = world.finish();
+    assert_eq!((found.len(), found[0].state, found[0].first_harm), (1, State::Aborted, None));
+    assert_eq!((found[0].title.starts_with("rolled back: "), found[0].tables[0].deleted), (true, 4_000));
+
+    // When it succeeds the second time it is an alarm of its own, with its own counts.
+    let mut world = World::with_tables(&[(&t(), 5_000)]);
+    world.open(900, &[tally(&t(), deleted(4_000))], &[]);
+    world.end(&Transaction { committed: false, ..transaction(900, world.millis, vec![], vec![]) });
+    world.delete(&t(), 5_000);
+    let mut found = world.finish();
+    found.sort_by_key(|incident| incident.state == State::Committed);
+    let states: Vec<_> = found.iter().map(|incident| (incident.state, incident.tables[0].deleted)).collect();
+    assert_eq!(states, [(State::Aborted, 4_000), (State::Committed, 5_000)]);
+    assert_eq!(found[1].transactions.len(), 1);
+}
+
+/// Law broken: what others deleted from a table while a suspicious transaction was open was told as that one's commit.
+#[test]
+fn what_others_commit_beside_an_open_wipe_does_not_commit_it() {
+    let mut world = World::with_tables(&[(&t(), 5_000)]);
+    world.open(900, &[tally(&t(), deleted(4_000))], &[]);
+    let begin = world.millis;
+    world.delete(&t(), 1).wait(1_000);
+    assert_eq!((world.found.len(), world.found[0].state), (1, State::Open));
+    assert_eq!(world.found[0].tables[0].deleted, 4_000);
+    world.end(&transaction(900, begin, vec![tally(&t(), deleted(4_000))], vec![]));
+    let found = world.finish();
+    // The row of the other is one of those that the table lost.
+    assert_eq!((found.len(), found[0].state, found[0].tables[0].deleted), (1, State::Committed, 4_001));
+}
+
 #[test]
 fn a_suspicion_about_a_subtransaction_becomes_its_top_level_transactions() {
     let mut world = World::with_tables(&[(&t(), 5_000)]);
