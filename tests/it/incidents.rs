@@ -92,8 +92,10 @@ async fn eighteen_small_tables_emptied_after_their_triggers_were_dropped_are_one
         for n in 1..=18 {
             let name = format!("postgres.public.t{n}");
             let table = found.tables.iter().find(|table| table.name == name).unwrap();
-            let rows = |count| Some(Rows { count, exact });
-            assert_eq!((table.before, table.after, table.deleted), (rows(n), rows(0), n), "{name} on {major}");
+            // By estimates, unless the agent saw in the WAL how the table was made: then it knows better.
+            let is = |rows: Option<Rows>, count| rows.is_some_and(|rows| rows.count == count && (rows.exact || !exact));
+            let (before, after) = (is(table.before, n), is(table.after, 0));
+            assert!(before && after && table.deleted == n, "{name} on {major}: {table:?}");
         }
         let dropped = found.findings.iter().filter(|finding| finding.rule == RuleName::TriggerRemoved).count();
         assert_eq!((dropped, found.transactions.len()), (18, 36));
