@@ -89,18 +89,19 @@ impl LiveRows {
     }
 
     /// Says how many rows a table had when it was counted while the WAL went on from `from` to `to`: the number stays exact
-    /// if nobody touched the table just then. An estimate does not replace what is known exactly.
+    /// if nobody touched the table just then. An estimate, or a number that is not sure, does not replace what is known exactly.
     pub fn seed_between(&mut self, table: TableKey, rows: Rows, from: Lsn, to: Lsn) {
         let Some(live) = self.entry(table) else { return };
-        if !rows.exact && live.count.is_some_and(|count| count.exact) {
-            return;
-        }
         let late = Lsn::new(from.bytes().saturating_sub(LATE_BYTES));
         let was_touched = to > from && live.touched.is_some_and(|touched| touched >= late);
+        let exact = rows.exact && !was_touched;
+        if !exact && live.count.is_some_and(|count| count.exact) {
+            return;
+        }
         if live.count.is_some() && from < live.as_of {
             return; // what the WAL has told since is not in it
         }
-        live.count = Some(Rows { exact: rows.exact && !was_touched, ..rows });
+        live.count = Some(Rows { exact, ..rows });
         live.as_of = from;
         live.unsure_to = to;
         live.peak = live.peak.max(rows.count);
@@ -348,6 +349,11 @@ mod tests {
         assert_eq!(live.get(TABLE), Some(rows(99, false)), "its commit may not have been seen yet");
         live.seed_between(TABLE, rows(99, true), Lsn::new(16 + LATE_BYTES), Lsn::new(20 + LATE_BYTES));
         assert_eq!(live.get(TABLE), Some(rows(99, true)));
+        // What the WAL makes sure stays so, whatever was counted while it went on.
+        let lsn = 30 + LATE_BYTES;
+        live.apply(TABLE, Lsn::new(lsn), &step(0, 9));
+        live.seed_between(TABLE, rows(91, true), Lsn::new(lsn + 1), Lsn::new(lsn + 9));
+        assert_eq!(live.get(TABLE), Some(rows(90, true)));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Rows that come and go in each table over some minutes: a wipe in many small transactions is one.
 
+use std::cmp::Ordering;
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -155,24 +156,33 @@ impl Windows {
 
     /// Leaves out what rested a whole window; if nobody did, the quarter that rested longest.
     fn make_room(&mut self, number: i64) {
-        let last = |window: &Window| window.steps.back().map_or(i64::MIN, |step| step.number);
-        self.tables.retain(|_, window| last(window) > number - STEPS);
+        self.tables.retain(|_, window| window.last().0 > number - STEPS);
         if self.tables.len() < TABLES_MAX {
             return;
         }
-        let mut ages: Vec<i64> = self.tables.values().map(last).collect();
-        let (_, quarter, _) = ages.select_nth_unstable(TABLES_MAX / 4);
+        let mut ages: Vec<_> = self.tables.values().map(Window::last).collect();
+        let (older, quarter, _) = ages.select_nth_unstable(TABLES_MAX / 4);
+        // Of those as old as the last that goes only as many go as are left to go, and none before one that is older.
+        let mut equals = TABLES_MAX / 4 - older.iter().filter(|age| *age < quarter).count();
         let quarter = *quarter;
-        let mut left = TABLES_MAX / 4;
-        self.tables.retain(|_, window| {
-            let goes = left > 0 && last(window) <= quarter;
-            left -= usize::from(goes);
-            !goes
+        self.tables.retain(|_, window| match window.last().cmp(&quarter) {
+            Ordering::Less => false,
+            Ordering::Equal if equals > 0 => {
+                equals -= 1;
+                false
+            }
+            Ordering::Equal | Ordering::Greater => true,
         });
     }
 }
 
 impl Window {
+    /// Its last step, and when rows were last deleted.
+    fn last(&self) -> (i64, i64) {
+        let touched = self.touches.back().map_or(i64::MIN, |touch| touch.time.micros());
+        (self.steps.back().map_or(i64::MIN, |step| step.number), touched)
+    }
+
     fn forget_before(&mut self, oldest: i64) {
         while self.steps.front().is_some_and(|step| step.number <= oldest) {
             self.steps.pop_front();
