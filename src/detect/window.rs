@@ -1,6 +1,5 @@
 //! Rows that come and go in each table over some minutes: a wipe in many small transactions is one.
 
-use std::cmp::Ordering;
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -160,19 +159,10 @@ impl Windows {
         if self.tables.len() < TABLES_MAX {
             return;
         }
-        let mut ages: Vec<_> = self.tables.values().map(Window::last).collect();
-        let (older, quarter, _) = ages.select_nth_unstable(TABLES_MAX / 4);
-        // Of those as old as the last that goes only as many go as are left to go, and none before one that is older.
-        let mut equals = TABLES_MAX / 4 - older.iter().filter(|age| *age < quarter).count();
-        let quarter = *quarter;
-        self.tables.retain(|_, window| match window.last().cmp(&quarter) {
-            Ordering::Less => false,
-            Ordering::Equal if equals > 0 => {
-                equals -= 1;
-                false
-            }
-            Ordering::Equal | Ordering::Greater => true,
-        });
+        let mut ages: Vec<_> = self.tables.iter().map(|(table, window)| (window.last(), *table)).collect();
+        let (_, first_left, _) = ages.select_nth_unstable(TABLES_MAX / 4);
+        let first_left = *first_left;
+        self.tables.retain(|table, window| (window.last(), *table) >= first_left);
     }
 }
 

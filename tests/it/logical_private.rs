@@ -1,13 +1,13 @@
 //! Without a database to go into, a rebuild makes a server of its own.
 
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use walguard::detect::incident::Incident;
 
 use crate::archived_wal::repository;
-use crate::harness::{Restored, Scratch, command, finish, restore, wait_for, walguard_command};
+use crate::harness::{Agent, Restored, Scratch, command, finish, restore, restore_command, wait_for, walguard_command};
 use crate::managed::*;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -81,11 +81,7 @@ async fn a_rebuild_in_a_new_server_that_is_killed_at_any_moment_goes_on_when_run
     let args = ["--to", "latest", "--action", "shutdown"];
     let mut kills = 0;
     for _ in 0..12 {
-        let mut all = vec!["restore", "--yes", "--json", "--target-dir", dir.to_str().unwrap()];
-        all.extend(args);
-        let mut killed = walguard_command(&all);
-        killed.args(agent.flags()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        let mut killed = killed.spawn().unwrap();
+        let mut killed = spawn_restore(&dir, &agent, &args);
         tokio::time::sleep(Duration::from_millis(fastrand::u64(20..2_500))).await;
         if killed.try_wait().unwrap().is_some() {
             break; // it was done
@@ -124,11 +120,7 @@ async fn a_rebuild_in_a_new_server_that_is_killed_at_any_moment_goes_on_when_run
 
     // Killed when all was proved and only the server was to be handed over.
     let late = place.join("late");
-    let mut all = vec!["restore", "--yes", "--json", "--target-dir", late.to_str().unwrap()];
-    all.extend(args);
-    let mut killed = walguard_command(&all);
-    killed.args(agent.flags()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    let mut killed = killed.spawn().unwrap();
+    let mut killed = spawn_restore(&late, &agent, &args);
     let is_done = || async {
         std::fs::read_to_string(late.join("walguard-rebuild.json")).is_ok_and(|note| !note.contains("\"done\":null"))
     };
@@ -152,6 +144,13 @@ async fn a_rebuild_in_a_new_server_that_is_killed_at_any_moment_goes_on_when_run
     let wal_level: String = restored.client().await.query_one("SHOW wal_level", &[]).await.unwrap().get(0);
     assert_eq!(wal_level, "replica", "what the rebuild was tuned to is gone");
     restored.stop().await;
+}
+
+/// A restore that is there to be killed.
+fn spawn_restore(dir: &Path, agent: &Agent, args: &[&str]) -> Child {
+    let mut command = restore_command(dir, &agent.flags(), args);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command.spawn().unwrap()
 }
 
 /// What is in a directory of a rebuild that is not a cluster's, nor its log.
@@ -181,11 +180,7 @@ async fn a_rebuild_that_is_killed_while_the_cluster_is_made_goes_on_beside_what_
             let mut new = left_by_a_rebuild(&dir).into_iter().filter(|name| !before.contains(name));
             new.any(|name| std::fs::read_dir(dir.join(name)).is_ok_and(|files| files.count() > 3))
         };
-        let mut all = vec!["restore", "--yes", "--json", "--target-dir", dir.to_str().unwrap()];
-        all.extend(args);
-        let mut killed = walguard_command(&all);
-        killed.args(agent.flags()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        let mut killed = killed.spawn().unwrap();
+        let mut killed = spawn_restore(&dir, &agent, &args);
         wait_for("initdb", DEADLINE, || async { is_at_work() }).await;
         killed.kill().unwrap();
         killed.wait().unwrap();

@@ -10,7 +10,7 @@ pub mod walk;
 use std::cmp::Reverse;
 
 use bytes::Bytes;
-use futures_util::TryStreamExt as _;
+use futures_util::{Stream, TryStreamExt as _};
 
 pub use format::{ChangesError, ChangesName, Header, Messages, Place, Sent, Within};
 
@@ -107,20 +107,21 @@ impl Repository {
         Ok(once(names))
     }
 
-    /// The names behind a key, those that are held by merged objects, too.
+    /// The names behind a key, in the order of the keys; those that are held by merged objects, too.
+    fn names_after(&self, database: Oid, after: Option<String>) -> impl Stream<Item = Result<ChangesName, RepoError>> {
+        let named = self.objects(self.layout().changes_folder(database), after);
+        named.try_filter_map(|object| std::future::ready(Ok(self.changes_name(&object.key))))
+    }
+
     async fn all_changes_after(&self, database: Oid, after: Option<String>) -> Result<Vec<ChangesName>, RepoError> {
-        let folder = self.layout().changes_folder(database);
-        let named = self.objects(folder, after).map_ok(|object| self.changes_name(&object.key));
-        named.try_filter_map(|name| async move { Ok(name) }).try_collect().await
+        self.names_after(database, after).try_collect().await
     }
 
     /// The names that begin where a merged object begins, or between there and its end.
     async fn changes_within(&self, merged: ChangesName) -> Result<Vec<ChangesName>, RepoError> {
-        let folder = self.layout().changes_folder(merged.database);
         let behind = self.layout().before_changes(merged.database, merged.from);
-        let named = self.objects(folder, Some(behind)).map_ok(|object| self.changes_name(&object.key));
-        let named = named.try_filter_map(|name| async move { Ok(name) });
-        named.try_take_while(|name| std::future::ready(Ok(Some(name.from) < merged.merged_to))).try_collect().await
+        let is_within = |name: &ChangesName| std::future::ready(Ok(Some(name.from) < merged.merged_to));
+        self.names_after(merged.database, Some(behind)).try_take_while(is_within).try_collect().await
     }
 
     /// The first page of the names behind the key `after`, and whether there are more.

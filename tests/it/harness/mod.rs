@@ -29,7 +29,7 @@ pub(crate) use cluster::{Cluster, ClusterBuilder, StopMode, client_dir, majors};
 pub(crate) use ledger::{Commit, Ledger, read_number};
 pub(crate) use proxy::Proxy;
 pub(crate) use receiver::{Answer, Received, Receiver};
-pub(crate) use restored::{Restored, restore};
+pub(crate) use restored::{Restored, restore, restore_command};
 pub(crate) use s3::{Fault, S3};
 
 /// How often a condition is looked at that a test waits for.

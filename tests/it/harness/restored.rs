@@ -89,7 +89,8 @@ pub(crate) fn restore(data_dir: &Path, flags: &[String], args: &[&str]) -> Finis
     finish(restore_command(data_dir, flags, args))
 }
 
-fn restore_command(data_dir: &Path, flags: &[String], args: &[&str]) -> Command {
+/// The command of [`restore`].
+pub(crate) fn restore_command(data_dir: &Path, flags: &[String], args: &[&str]) -> Command {
     let mut all = vec!["restore", "--yes", "--json", "--target-dir", data_dir.to_str().unwrap()];
     all.extend(flags.iter().map(String::as_str));
     all.extend(args);
