@@ -25,6 +25,9 @@ impl RetryPolicy {
     pub const PATIENT: Self =
         Self { attempts_max: Some(8), pause_min: Duration::from_millis(200), pause_max: Duration::from_secs(10) };
 
+    /// For whoever tries again itself, and tells of each failure.
+    pub const ONCE: Self = Self { attempts_max: Some(1), ..Self::FOREVER };
+
     /// The pause after failure number `failures` (from 1): half fixed and half by chance, so that many agents that lost
     /// one store do not come back in step.
     pub fn pause(&self, failures: u32) -> Duration {

@@ -3,6 +3,7 @@
 //! ```text
 //! <dir>/<cluster>/lock                              held by the agent that uses this spool
 //! <dir>/<cluster>/holder                            who that is, for the repository's lease
+//! <dir>/<cluster>/repository                        whose WAL went to which repository last
 //! <dir>/<cluster>/00000001/000000010000000000000007           a whole segment
 //! <dir>/<cluster>/00000001/000000010000000000000008.last      the last one of its timeline, shorter than a segment
 //! <dir>/<cluster>/00000002/000000020000000000000008.partial   the one that is being written
@@ -26,6 +27,9 @@ use tokio::sync::watch;
 
 use crate::atomic_file;
 use crate::pg::{Lsn, Position, SegmentName, SegmentSize, TimelineId};
+
+/// The file of [`Spool::remember_repository`].
+const REPOSITORY: &str = "repository";
 
 /// Where the spool is, and how much it may hold.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -220,6 +224,23 @@ impl Spool {
     /// Who uses this spool, the same before and after a restart: the holder's name in the repository's lease.
     pub fn holder(&self) -> &str {
         &self.inner.holder
+    }
+
+    /// What [`Spool::remember_repository`] was told last.
+    pub fn repository(&self) -> Option<String> {
+        fs::read_to_string(self.inner.folder.join(REPOSITORY)).ok()
+    }
+
+    /// Writes down whose WAL goes to which repository, for agents to come.
+    ///
+    /// # Errors
+    /// Of the file system.
+    pub fn remember_repository(&self, repository: &str) -> Result<(), SpoolError> {
+        if self.repository().as_deref() == Some(repository) {
+            return Ok(());
+        }
+        let path = self.inner.folder.join(REPOSITORY);
+        atomic_file::write(&path, repository.as_bytes()).map_err(failed("write", &path))
     }
 
     /// The size of the segments in it.
@@ -813,7 +834,12 @@ mod tests {
         assert!(matches!(second, Err(SpoolError::Locked { .. })));
         let holder = spool.holder().to_owned();
         drop(spool);
-        assert_eq!(open(dir.path()).holder(), holder, "the holder is the same after a restart");
+        let spool = open(dir.path());
+        assert_eq!(spool.holder(), holder, "the holder is the same after a restart");
+        assert_eq!(spool.repository(), None);
+        spool.remember_repository("7 file:///srv/repo/main").unwrap();
+        drop(spool);
+        assert_eq!(open(dir.path()).repository().as_deref(), Some("7 file:///srv/repo/main"));
     }
 
     #[tokio::test]

@@ -45,6 +45,12 @@ pub enum RepoError {
         /// The place.
         url: String,
     },
+    /// The place was initialised, and is not any more.
+    #[error("{url} was initialised, and now nothing is there")]
+    Vanished {
+        /// The place.
+        url: String,
+    },
     /// A newer walguard wrote here.
     #[error("`{key}` has format {format}; this version of walguard knows format {FORMAT}")]
     UnknownFormat {
@@ -62,7 +68,7 @@ impl RepoError {
 
     /// True if the same call may succeed later.
     pub const fn is_transient(&self) -> bool {
-        matches!(self, Self::Store(error) if error.is_transient())
+        matches!(self, Self::Vanished { .. }) || matches!(self, Self::Store(error) if error.is_transient())
     }
 
     /// True if the object asked for does not exist.
@@ -88,7 +94,12 @@ impl RepoError {
             }
             Self::WrongCluster { .. } => "give this cluster a name of its own with `--cluster` or WALGUARD_CLUSTER",
             Self::NotInitialized { .. } => {
-                "check the URL and the cluster's name (`--repo`, `--cluster`); a new place is made by `walguard init`"
+                "check the URL and the cluster's name (`--repo`, `--cluster`), and whether a folder is mounted; a new place is \
+                 made by `walguard init`"
+            }
+            Self::Vanished { .. } => {
+                "look whether its file system is mounted, or the place was moved or emptied; the agent goes on when it is \
+                 back. If it was given up, `walguard init` makes it anew, and a new base backup follows"
             }
             Self::UnknownFormat { .. } => "use the version of walguard that wrote it, or a newer one",
         };

@@ -105,13 +105,14 @@ impl Repository {
     /// # Errors
     /// [`RepoError::Config`] if the URL, the name or a setting is impossible.
     pub async fn connect(config: &Config, cluster: &str) -> Result<Self, RepoError> {
+        let layout = layout_of(cluster)?;
         let store: Arc<dyn Store> = match url::parse_url(&config.url)? {
-            Place::Folder(path) => Arc::new(LocalStore::new(path)),
+            Place::Folder(path) => Arc::new(LocalStore::new(path).marked_by(layout.identity())),
             Place::Bucket { bucket, prefix } => {
                 Arc::new(store::S3Store::connect(&config.s3, &bucket, &prefix).await.map_err(RepoError::config)?)
             }
         };
-        Ok(Self::over(store, cluster)?.with_retry(RetryPolicy::PATIENT, CancellationToken::new()))
+        Ok(Self { store, layout }.with_retry(RetryPolicy::PATIENT, CancellationToken::new()))
     }
 
     /// The part of `store` that belongs to `cluster`, without retries.
@@ -119,11 +120,7 @@ impl Repository {
     /// # Errors
     /// If the name cannot be part of a key.
     pub fn over(store: Arc<dyn Store>, cluster: &str) -> Result<Self, RepoError> {
-        let layout = Layout::new(cluster).map_err(|error| RepoError::Config {
-            problem: error.to_string(),
-            hint: "choose another name with `--cluster` or WALGUARD_CLUSTER, for example `main`".to_owned(),
-        })?;
-        Ok(Self { store, layout })
+        Ok(Self { store, layout: layout_of(cluster)? })
     }
 
     /// The same repository, with every call of the store retried under `policy` until `cancel` is cancelled.
@@ -267,6 +264,13 @@ impl Repository {
             Err(error) => Err(error.into()),
         }
     }
+}
+
+fn layout_of(cluster: &str) -> Result<Layout, RepoError> {
+    Layout::new(cluster).map_err(|error| RepoError::Config {
+        problem: error.to_string(),
+        hint: "choose another name with `--cluster` or WALGUARD_CLUSTER, for example `main`".to_owned(),
+    })
 }
 
 #[cfg(test)]

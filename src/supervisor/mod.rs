@@ -84,10 +84,10 @@ use crate::guard;
 use crate::notify::{OpenError, Reach, Setting};
 use crate::pg::{Lsn, Position, TimelineHistory, TimelineId};
 use crate::repo::Created;
-use crate::repo::Repository;
 use crate::repo::archiver::{self, Archiver, Channels, Report};
 use crate::repo::cluster::ClusterIdentity;
 use crate::repo::lease::{Claim, Lease, LeaseError};
+use crate::repo::{RepoError, Repository};
 use crate::serve::http;
 use crate::serve::status::{Board, Status, Trouble};
 use crate::settings;
@@ -512,6 +512,7 @@ impl Agent {
             let error = match try_begin(self, board).await {
                 Ok(beginning) => {
                     board.clear("lease");
+                    board.clear("repository");
                     board.update(|s| {
                         s.server.trouble = None;
                         s.store.trouble = None;
@@ -527,6 +528,9 @@ impl Agent {
             let (text, hint) = (Chain(&error).to_string(), error.hint());
             if matches!(error, SourceError::Lease(LeaseError::Held(_))) {
                 board.raise("lease", text.clone(), hint.clone());
+            }
+            if matches!(error, SourceError::Repo(RepoError::Vanished { .. })) {
+                board.raise("repository", text.clone(), hint.clone());
             }
             board.update(|s| {
                 let place = match &error {
@@ -545,25 +549,33 @@ impl Agent {
 
     async fn try_begin_logical(&self, board: &Board) -> Result<LogicalBeginning, SourceError> {
         let origin = logical::origin(&self.conninfo).await?;
-        self.try_begin_repository(board, &origin.identity, origin.at).await?;
-        // It holds our name, and nothing else.
+        // It holds who we are and where we archive, and nothing else.
         let spool = Spool::open(&self.settings.spool, &self.settings.cluster, origin.identity.segment_size)?;
+        self.try_begin_repository(board, &spool, &origin.identity, origin.at).await?;
         let claim = lease::claim(spool.holder());
         let lease = self.repo.acquire_lease(&claim, Timestamp::now(), |held| lease::is_gone(&claim, held)).await?;
         Ok(LogicalBeginning { origin, claim, lease, _spool: spool })
     }
 
-    /// Finds out whether the repository is this cluster's, and can be used.
+    /// Finds out whether the repository is this cluster's, and can be used. Makes its place, unless it was there before: then
+    /// a file system is not mounted, or somebody removed it, and a new one would hide that.
     async fn try_begin_repository(
         &self,
         board: &Board,
+        spool: &Spool,
         identity: &ClusterIdentity,
         at: Position,
     ) -> Result<(), SourceError> {
+        let url = self.repo.url();
+        let known = format!("{} {url}", identity.system_id);
+        if spool.repository().as_ref() == Some(&known) && self.repo.identity().await?.is_none() {
+            return Err(RepoError::Vanished { url }.into());
+        }
         if self.repo.initialize(identity).await? == Created::New {
-            tracing::info!(url = self.repo.url(), system_id = %identity.system_id, "made the cluster's place");
+            tracing::info!(url, system_id = %identity.system_id, "made the cluster's place");
         }
         let probe = self.repo.probe().await?;
+        spool.remember_repository(&known)?;
         board.update(|s| {
             s.server.system_id = Some(identity.system_id);
             s.server.version = Some(identity.server_version);
@@ -578,8 +590,8 @@ impl Agent {
     async fn try_begin(&self, board: &Board) -> Result<Beginning, SourceError> {
         let mut source = Source::new(self.conninfo.clone(), self.settings.postgres.slot.clone(), self.repo.clone());
         let source::Connected { mut walsender, identity, at } = source.connect().await?;
-        self.try_begin_repository(board, &identity, at).await?;
         let spool = Spool::open(&self.settings.spool, &self.settings.cluster, identity.segment_size)?;
+        self.try_begin_repository(board, &spool, &identity, at).await?;
         let claim = lease::claim(spool.holder());
         let lease = self.repo.acquire_lease(&claim, Timestamp::now(), |held| lease::is_gone(&claim, held)).await?;
 

@@ -280,6 +280,65 @@ async fn a_full_repository_is_told_and_nothing_is_lost() {
     assert_no_hole(&repo, 1).await;
 }
 
+/// A folder that was moved away, or a mount point without its file system, is no empty repository.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_repository_that_is_gone_is_waited_for_and_not_made_anew_and_nothing_is_lost() {
+    for is_mount_point in [false, true] {
+        let cluster = small_cluster().await;
+        let scratch = Scratch::new();
+        let url = scratch.repo_url();
+        let (place, away) = (PathBuf::from(url.strip_prefix("file://").unwrap()), scratch.join("away"));
+        let judge = Receiver::start(&cluster).await;
+        let mut agent = agent(&cluster, &url).spawn();
+        agent.wait_archived(&cluster, cluster.lsn().await, DEADLINE).await;
+        let before = cluster.lsn().await;
+        fs::rename(&place, &away).unwrap();
+        if is_mount_point {
+            fs::create_dir(&place).unwrap();
+            give_away(&place);
+        }
+        let is_untouched = || match fs::read_dir(&place) {
+            Ok(entries) => is_mount_point && entries.count() == 0,
+            Err(_) => !is_mount_point,
+        };
+        write(&cluster, 4 << 10).await;
+        wait_for("the missing repository to be told", DEADLINE, || async {
+            status(&agent).await["store"]["trouble"]["hint"].as_str().is_some_and(|hint| hint.contains("mounted"))
+        })
+        .await;
+        assert!(is_untouched());
+        // An agent that begins meanwhile remembers that there was one.
+        agent.sigkill();
+        agent.spawn_again();
+        wait_for("the alarm", DEADLINE, || async {
+            let text = status(&agent).await["alarms"]["repository"]["text"].to_string();
+            text.contains("was initialised, and now nothing is there")
+        })
+        .await;
+        let flags = agent.flags();
+        let listed = walguard(&["list"].into_iter().chain(flags.iter().map(String::as_str)).collect::<Vec<_>>());
+        assert!(listed.stderr().contains("is not initialised") && listed.stderr().contains("mounted"), "{listed}");
+        write(&cluster, 1 << 10).await;
+        assert!(is_untouched());
+        let lsn = cluster.lsn().await;
+        let restart = "SELECT restart_lsn FROM pg_replication_slots WHERE slot_name = 'walguard'";
+        let restart: walguard::pg::Lsn = cluster.text(restart).await.parse().unwrap();
+        assert!(restart <= before, "the server was told that {restart} is safe, nothing behind {before} is");
+
+        if is_mount_point {
+            fs::remove_dir(&place).unwrap();
+        }
+        fs::rename(&away, &place).unwrap();
+        agent.wait_archived(&cluster, lsn, DEADLINE).await;
+        let repo = repository(&url).await;
+        let judge = judge.finish(&cluster, lsn).await;
+        assert!(assert_same_wal(&repo, &judge, 1, lsn).await > 0);
+        assert_no_hole(&repo, 1).await;
+        let told = status(&agent).await;
+        assert!(told["alarms"]["repository"].is_null() && told["store"]["trouble"].is_null(), "{told:#}");
+    }
+}
+
 /// A file system in memory.
 struct SmallDisk(PathBuf);
 

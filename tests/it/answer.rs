@@ -18,6 +18,7 @@ use walguard::supervisor::breaker::Breaking;
 use walguard::supervisor::evidence::Saving;
 use walguard::supervisor::flashback::Flashback;
 
+use crate::archived_wal::bare_repository;
 use crate::harness::{Cluster, Scratch, wait_for};
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -31,8 +32,7 @@ async fn world() -> (Cluster, Scratch, Repository, ConnInfo) {
         )
         .await;
     let scratch = Scratch::new();
-    let repo = walguard::repo::Config { url: scratch.repo_url(), ..Default::default() };
-    let repo = Repository::connect(&repo, "main").await.unwrap();
+    let repo = bare_repository(&scratch.dir("repo"));
     let info = ConnInfo::parse(&cluster.conninfo(), &Environment::default()).unwrap();
     (cluster, scratch, repo, info)
 }

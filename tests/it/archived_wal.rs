@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 use walguard::pg::{Lsn, SegmentName, SegmentSize, TimelineId};
 use walguard::repo::catalog::{Catalog, CatalogScope};
+use walguard::repo::store::LocalStore;
 use walguard::repo::{self, Repository};
 
 use crate::harness::{Agent, Cluster, Scratch, command, wait_for};
@@ -23,6 +25,11 @@ pub(crate) fn small() -> SegmentSize {
 pub(crate) async fn repository(url: &str) -> Repository {
     let config = repo::Config { url: url.to_owned(), ..repo::Config::default() };
     Repository::connect(&config, "main").await.unwrap()
+}
+
+/// The same without an agent that made it: nothing but what the test puts there.
+pub(crate) fn bare_repository(folder: &Path) -> Repository {
+    Repository::over(Arc::new(LocalStore::new(folder)), "main").unwrap()
 }
 
 pub(crate) async fn catalog(repo: &Repository) -> Catalog {

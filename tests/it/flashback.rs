@@ -11,6 +11,7 @@ use walguard::guard::flashback::{Config, Rows, Snapshot, Wanted};
 use walguard::pg::Xid;
 use walguard::supervisor::flashback::Flashback;
 
+use crate::archived_wal::bare_repository;
 use crate::harness::{Agent, Cluster, Scratch, command, wait_for};
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -170,8 +171,7 @@ async fn the_agent_holds_snapshots_of_its_window_and_tells_how_old_they_are() {
 async fn rows_of_a_suspected_delete_lie_beside_the_incident_without_any_window() {
     let cluster = shop(17).await;
     let scratch = Scratch::new();
-    let repo = walguard::repo::Config { url: scratch.repo_url(), ..Default::default() };
-    let repo = walguard::repo::Repository::connect(&repo, "main").await.unwrap();
+    let repo = bare_repository(&scratch.dir("repo"));
     let config = Config { evidence: true, ..Config::default() };
     let board = walguard::serve::status::Board::new(walguard::serve::status::Status::default());
     let flashback = Flashback::new(info(&cluster), config, repo.clone(), board);

@@ -423,6 +423,37 @@ async fn no_change_is_lost_or_kept_twice_when_the_agent_is_killed_the_network_cu
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_log_whose_folder_is_gone_goes_on_when_it_is_back() {
+    let cluster = managed(16).await;
+    let scratch = Scratch::new();
+    let client = app(&cluster).await;
+    run(&client, "CREATE TABLE orders (id bigint PRIMARY KEY)").await;
+    let mut agent = agent(&cluster, &scratch).spawn();
+    agent.wait_streaming(&cluster).await;
+    run(&client, "INSERT INTO orders SELECT generate_series(1, 500)").await;
+    wait_kept(&cluster).await;
+    let (url, away) = (scratch.repo_url(), scratch.join("away"));
+    let place = url.strip_prefix("file://").unwrap();
+    std::fs::rename(place, &away).unwrap();
+    run(&client, "INSERT INTO orders SELECT generate_series(501, 900)").await;
+    wait_for("the missing repository to be told", DEADLINE, || async {
+        status(&agent)["store"]["trouble"]["hint"].as_str().is_some_and(|hint| hint.contains("mounted"))
+    })
+    .await;
+    // By an agent that never saw the log, it is not taken for one that is to be begun.
+    agent.sigkill();
+    agent.spawn_again();
+    wait_for("the alarm", DEADLINE, || async { status(&agent)["alarms"]["repository"].is_object() }).await;
+    assert!(!std::path::Path::new(place).exists());
+    std::fs::rename(&away, place).unwrap();
+    run(&client, "INSERT INTO orders SELECT generate_series(901, 1000)").await;
+    wait_kept(&cluster).await;
+    let told = read(&repository(&url).await).await;
+    assert_eq!(told.holes, [], "nothing is missing");
+    assert_eq!(told.ids().collect::<Vec<_>>(), (1..=1000).collect::<Vec<_>>());
+}
+
 /// Everything that a change can be: of keys, of large values, moves between partitions, savepoints, truncates, much at once.
 async fn work(client: &Client, round: i32) {
     let large = round % 2 == 0;

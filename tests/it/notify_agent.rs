@@ -11,22 +11,15 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use walguard::detect::incident::{Incident, Signature};
 use walguard::notify::Configs;
-use walguard::repo::{self, Repository};
+use walguard::repo::RepoError;
 use walguard::serve::status::{Board, Status};
 use walguard::supervisor::notify::Notifier;
 
+use crate::archived_wal::bare_repository;
 use crate::harness::{Agent, Answer, Cluster, Receiver, Scratch, wait_for};
 use crate::notify::{setting, wipe};
 
 const DEADLINE: Duration = Duration::from_secs(60);
-
-async fn repository(folder: &Path) -> Repository {
-    let config = repo::Config { url: format!("file://{}", folder.display()), ..repo::Config::default() };
-    // Without retries: the loop has its own.
-    let repo = Repository::connect(&config, "main").await.unwrap();
-    let once = walguard::backoff::RetryPolicy { attempts_max: Some(1), ..walguard::backoff::RetryPolicy::PATIENT };
-    repo.with_retry(once, CancellationToken::new())
-}
 
 /// A running loop.
 struct Running {
@@ -37,10 +30,10 @@ struct Running {
 }
 
 impl Running {
-    async fn start(settings: &str, repo: &Path, spool: &Path) -> Self {
+    fn start(settings: &str, repo: &Path, spool: &Path) -> Self {
         let configs: Configs = toml::from_str(settings).unwrap();
         let board = Board::default();
-        let notifier = Notifier::new(&configs, repository(repo).await, spool, setting(), board.clone()).unwrap();
+        let notifier = Notifier::new(&configs, bare_repository(repo), spool, setting(), board.clone()).unwrap();
         let (incidents, told) = mpsc::channel(16);
         let stop = CancellationToken::new();
         let ends = stop.clone();
@@ -89,16 +82,16 @@ fn deliveries(receiver: &Receiver) -> Vec<String> {
 async fn an_incident_is_told_once_over_restarts_and_on_a_machine_without_the_spool() {
     let (receiver, scratch) = (Receiver::start().await, Scratch::new());
     let (repo, spool) = (scratch.dir("repo"), scratch.dir("spool"));
-    let incident = repository(&repo).await.put_incident(&wipe(0, Timestamp::now())).await.unwrap();
+    let incident = bare_repository(&repo).put_incident(&wipe(0, Timestamp::now())).await.unwrap();
     for (number, spool) in [spool.clone(), spool, scratch.dir("another-machine")].into_iter().enumerate() {
-        let running = Running::start(&hook(&receiver), &repo, &spool).await;
+        let running = Running::start(&hook(&receiver), &repo, &spool);
         // The detector reads the WAL again, and comes to the same incident.
         running.incidents.send(incident.clone()).await.unwrap();
         if number == 0 {
             running.is_recorded("hook", 1).await;
         } else {
             // A second incident comes after whatever would be told of the first.
-            let next = repository(&repo).await.put_incident(&wipe(number as u64, Timestamp::now())).await.unwrap();
+            let next = bare_repository(&repo).put_incident(&wipe(number as u64, Timestamp::now())).await.unwrap();
             running.incidents.send(next).await.unwrap();
             running.is_recorded("hook", 1).await;
         }
@@ -116,8 +109,8 @@ async fn what_an_agent_that_was_killed_had_not_told_is_told_by_the_next_and_is_l
     let (repo, spool) = (scratch.dir("repo"), scratch.dir("spool"));
     // Detected an hour ago, written, and then the agent was killed.
     let detected_at = Timestamp::now() - SignedDuration::from_hours(1);
-    repository(&repo).await.put_incident(&wipe(0, detected_at)).await.unwrap();
-    let running = Running::start(&hook(&receiver), &repo, &spool).await;
+    bare_repository(&repo).put_incident(&wipe(0, detected_at)).await.unwrap();
+    let running = Running::start(&hook(&receiver), &repo, &spool);
     running.is_recorded("hook", 1).await;
     running.stop().await;
     assert_eq!(receiver.received().len(), 1);
@@ -130,15 +123,15 @@ async fn what_an_agent_that_was_killed_had_not_told_is_told_by_the_next_and_is_l
 async fn a_message_that_may_have_been_sent_when_the_agent_was_killed_is_sent_again_and_says_so() {
     let (receiver, scratch) = (Receiver::start().await, Scratch::new());
     let (repo, spool) = (scratch.dir("repo"), scratch.dir("spool"));
-    let incident = repository(&repo).await.put_incident(&wipe(0, Timestamp::now())).await.unwrap();
+    let incident = bare_repository(&repo).put_incident(&wipe(0, Timestamp::now())).await.unwrap();
     receiver.answer(Answer::Hang);
     let settings = hook(&receiver).replace("1s", "60s");
-    let running = Running::start(&settings, &repo, &spool).await;
+    let running = Running::start(&settings, &repo, &spool);
     running.incidents.send(incident).await.unwrap();
     wait_until("the first message", &receiver, 1).await;
     running.kill().await;
     receiver.answer(Answer::status(200));
-    let running = Running::start(&settings, &repo, &spool).await;
+    let running = Running::start(&settings, &repo, &spool);
     running.is_recorded("hook", 1).await;
     running.stop().await;
     let received = receiver.received();
@@ -152,8 +145,8 @@ async fn a_connection_that_is_cut_after_the_message_was_taken_gives_a_repetition
     let (receiver, scratch) = (Receiver::start().await, Scratch::new());
     let (repo, spool) = (scratch.dir("repo"), scratch.dir("spool"));
     receiver.answer(Answer::Cut);
-    let running = Running::start(&hook(&receiver), &repo, &spool).await;
-    let incident = repository(&repo).await.put_incident(&wipe(0, Timestamp::now())).await.unwrap();
+    let running = Running::start(&hook(&receiver), &repo, &spool);
+    let incident = bare_repository(&repo).put_incident(&wipe(0, Timestamp::now())).await.unwrap();
     running.incidents.send(incident).await.unwrap();
     wait_until("the first message", &receiver, 1).await;
     receiver.answer(Answer::status(200));
@@ -172,7 +165,7 @@ async fn the_alarm_goes_out_at_once_while_the_repository_is_away_and_once_when_i
     // A file where the folder should be.
     let repo = scratch.file("repo", "in the way");
     let incident = wipe(0, Timestamp::now());
-    let running = Running::start(&hook(&receiver), &repo, &spool).await;
+    let running = Running::start(&hook(&receiver), &repo, &spool);
     running.incidents.send(incident.clone()).await.unwrap();
     wait_until("the message", &receiver, 1).await;
     let is_shown = || async { running.board.snapshot(Timestamp::now()).notify.trouble.is_some() };
@@ -181,10 +174,10 @@ async fn the_alarm_goes_out_at_once_while_the_repository_is_away_and_once_when_i
     running.kill().await;
 
     // Killed, and the repository is still away: the local disk knows.
-    let running = Running::start(&hook(&receiver), &repo, &spool).await;
+    let running = Running::start(&hook(&receiver), &repo, &spool);
     running.incidents.send(incident.clone()).await.unwrap();
     fs::remove_file(&repo).unwrap();
-    let back = repository(&scratch.dir("repo")).await;
+    let back = bare_repository(&scratch.dir("repo"));
     let is_recorded = || async { back.deliveries(&incident.id).await.is_ok_and(|told| told.len() == 1) };
     wait_for("the record in the repository", DEADLINE, is_recorded).await;
     running.incidents.send(wipe(1, Timestamp::now())).await.unwrap();
@@ -202,8 +195,8 @@ async fn a_receiver_that_hangs_keeps_nobody_else_from_hearing() {
     hangs.answer(Answer::Hang);
     let settings =
         format!("{}[other]\nkind = \"webhook\"\nurl = \"{}\"\n", hook(&hangs).replace("1s", "60s"), works.url());
-    let running = Running::start(&settings, &repo, &spool).await;
-    let repo = repository(&repo).await;
+    let running = Running::start(&settings, &repo, &spool);
+    let repo = bare_repository(&repo);
     for number in 0..5 {
         let incident = repo.put_incident(&wipe(number, Timestamp::now())).await.unwrap();
         running.incidents.send(incident).await.unwrap();
@@ -218,8 +211,8 @@ async fn an_answer_that_somebody_wrote_into_the_repository_is_told_and_stops_the
     let (first, boss, scratch) = (Receiver::start().await, Receiver::start().await, Scratch::new());
     let (repo, spool) = (scratch.dir("repo"), scratch.dir("spool"));
     let escalation = format!("[boss]\nkind = \"webhook\"\nafter = \"20s\"\nurl = \"{}\"\n", boss.url());
-    let running = Running::start(&(hook(&first) + &escalation), &repo, &spool).await;
-    let repo = repository(&repo).await;
+    let running = Running::start(&(hook(&first) + &escalation), &repo, &spool);
+    let repo = bare_repository(&repo);
     let [answered, ignored] = [0, 1].map(|number| wipe(number, Timestamp::now()));
     for incident in [&answered, &ignored] {
         let incident = repo.put_incident(incident).await.unwrap();
@@ -230,7 +223,7 @@ async fn an_answer_that_somebody_wrote_into_the_repository_is_told_and_stops_the
     let acknowledge = |incident: Option<Incident>| {
         let mut incident = incident.unwrap();
         incident.acknowledge(Signature { by: "ada".into(), at: Timestamp::now(), note: None }).unwrap();
-        Ok::<_, repo::RepoError>(Some(incident))
+        Ok::<_, RepoError>(Some(incident))
     };
     repo.revise_incident(&answered.id, acknowledge).await.unwrap();
     running.is_recorded("hook", 3).await;
@@ -256,7 +249,7 @@ async fn the_agent_tells_what_was_left_untold_and_its_status_says_what_is_late()
     let settings = format!("[notify.hook]\nkind = \"webhook\"\nurl = \"{}\"\n", receiver.url());
     // Found by an agent that was killed before it could tell.
     let detected_at = Timestamp::now() - SignedDuration::from_mins(10);
-    let incident = repository(&repo_folder).await.put_incident(&wipe(0, detected_at)).await.unwrap();
+    let incident = bare_repository(&repo_folder).put_incident(&wipe(0, detected_at)).await.unwrap();
     crate::harness::give_away(&repo_folder);
     let agent = builder.settings(&settings).arg("--no-backups").spawn();
     let is_late = || async {

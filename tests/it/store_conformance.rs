@@ -36,6 +36,51 @@ async fn a_folder_conforms() {
     let store = LocalStore::new(folder.path().join("below/repo"));
     conforms(&store).await;
     creates_once(Arc::new(store)).await;
+    let store = LocalStore::new(folder.path().join("marked")).marked_by("mark".to_owned());
+    store.create("mark", Bytes::from_static(b"x")).await.unwrap();
+    conforms(&store).await;
+    creates_once(Arc::new(store)).await;
+}
+
+/// Whatever is asked for: a folder in which nothing is, because its file system is not mounted, does not say that.
+#[tokio::test]
+async fn a_folder_without_its_mark_is_away_and_not_empty() {
+    let folder = tempfile::tempdir().unwrap();
+    let (place, away) = (folder.path().join("below/repo"), folder.path().join("away"));
+    let store = LocalStore::new(&place).marked_by("main/cluster.json".to_owned());
+    let key = |number: u32| format!("main/{number}/object");
+    let request = ListRequest { prefix: "main/".to_owned(), ..ListRequest::default() };
+    let (word, wanted) = (|| Bytes::from_static(b"x"), "the repository is not where it was");
+    let refuses = || async {
+        let refused = [
+            store.create(&key(1), word()).await.map(drop),
+            store.create(&key(2), word()).await.map(drop),
+            store.replace(&key(1), word()).await,
+            store.read(&key(1), None).await.map(drop),
+            store.list(&request).await.map(drop),
+            store.delete(&key(1)).await,
+        ];
+        for refused in refused {
+            let error = refused.unwrap_err();
+            assert!(error.is_transient() && error.hint().unwrap().contains("mounted"), "{error:?}");
+            assert!(walguard::backoff::Chain(&error).to_string().contains(wanted), "{error:?}");
+        }
+        assert!(store.read("main/cluster.json", None).await.unwrap_err().is_not_found());
+    };
+    refuses().await;
+    assert!(!place.exists(), "nothing was made");
+    assert_eq!(store.create("main/cluster.json", word()).await.unwrap(), Created::New);
+    store.create(&key(1), word()).await.unwrap();
+    std::fs::rename(&place, &away).unwrap();
+    refuses().await;
+    std::fs::create_dir(&place).unwrap();
+    refuses().await;
+    assert_eq!(std::fs::read_dir(&place).unwrap().count(), 0, "a mount point stays empty");
+    std::fs::remove_dir(&place).unwrap();
+    std::fs::rename(&away, &place).unwrap();
+    assert_eq!(store.read(&key(1), None).await.unwrap(), word());
+    assert_eq!(store.list(&request).await.unwrap().objects.len(), 2);
+    assert!(store.read(&key(2), None).await.unwrap_err().is_not_found());
 }
 
 #[tokio::test]

@@ -130,6 +130,11 @@ async fn check_repository(
 ) -> Option<ClusterIdentity> {
     let topic = "repository";
     let url = repository.url();
+    let here = repository.require_identity().await;
+    if let Err(error @ RepoError::NotInitialized { .. }) = &here {
+        findings.push(error_of(topic, error, error.hint()));
+        return None;
+    }
     match repository.probe().await {
         Ok(probe) => {
             findings.push(finding(Level::Ok, topic, format!("{url} can be read and written")));
@@ -153,14 +158,10 @@ async fn check_repository(
             return None;
         }
     }
-    let identity = match (repository.identity().await, server) {
+    let identity = match (here, server) {
         (Err(error), _) => Err(error_of("cluster", &error, error.hint())),
-        (Ok(None), _) => {
-            let hint = "make the place and the slot with `walguard init`";
-            Err(error(topic, format!("{url} is not initialised"), hint))
-        }
-        (Ok(Some(here)), None) => Ok(here),
-        (Ok(Some(here)), Some(server)) => match here.check_same(&server.identity) {
+        (Ok(here), None) => Ok(here),
+        (Ok(here), Some(server)) => match here.check_same(&server.identity) {
             Ok(()) => Ok(here),
             Err(mismatch) => {
                 let hint = "point --pg at the right server, or give this one a place of its own with --cluster";

@@ -153,6 +153,13 @@ impl Context {
         Ok(Repository::connect(&self.settings.repository, cluster).await?)
     }
 
+    /// The same of a place that was initialised: a wrong URL or name is told as such, and not as one where nothing happened.
+    pub(crate) async fn initialized_repository(&self) -> anyhow::Result<Repository> {
+        let repository = self.repository().await?;
+        repository.require_identity().await?;
+        Ok(repository)
+    }
+
     /// Tells people how far long work is; silent with `--json`.
     pub(crate) fn progress(&self) -> Arc<dyn Progress> {
         crate::progress::progress(self.json)

@@ -46,7 +46,7 @@ pub(crate) async fn run(context: Context, args: DrillArgs) -> anyhow::Result<Out
         path: std::env::var_os("PATH"),
         host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
     };
-    let repo = context.repository().await?;
+    let repo = context.initialized_repository().await?;
     let cancel = context.cancel_on_signals()?;
     let report = Box::pin(drill::run(&repo, &request, &*context.progress(), &cancel)).await?;
     match context.json {
@@ -76,7 +76,7 @@ fn kept(context: &Context, database: Option<String>) -> anyhow::Result<Kept> {
 }
 
 async fn list(context: &Context, newest: usize) -> anyhow::Result<Outcome> {
-    let drills = context.repository().await?.drills(newest).await?;
+    let drills = context.initialized_repository().await?.drills(newest).await?;
     if context.json {
         render::print_json(&drills)?;
         return Ok(Outcome::Done);

@@ -28,7 +28,7 @@ pub(crate) async fn run(context: Context, args: ExpireArgs) -> anyhow::Result<Ou
                     [retention] of the settings file";
         return Err(UsageError::with_hint("nothing says how much to keep", hint).into());
     }
-    let repository = context.repository().await?;
+    let repository = context.initialized_repository().await?;
     let cancel = context.cancel_on_signals()?;
     if context.settings.source == Source::Logical {
         return of_bases(context, args, &repository, &keep, &cancel).await;

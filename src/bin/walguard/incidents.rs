@@ -38,8 +38,7 @@ enum Refused {
 }
 
 pub(crate) async fn run(context: Context, args: IncidentsArgs) -> anyhow::Result<Outcome> {
-    let repository = context.repository().await?;
-    repository.require_identity().await?;
+    let repository = context.initialized_repository().await?;
     match args.verb {
         None if args.follow => follow(&context, &repository, &args).await,
         None | Some(IncidentsVerb::List) => list(&context, &repository, &args).await,

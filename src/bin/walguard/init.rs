@@ -57,8 +57,8 @@ pub(crate) async fn run(mut context: Context, args: InitArgs) -> anyhow::Result<
         Err(error) => return Err(error).context("connect to the server"),
     };
     let identity = Origin::ask(&mut walsender).await.context("ask the server who it is")?.identity();
-    let probe = repository.probe().await.context("try the repository")?;
     let place = repository.initialize(&identity).await.context("initialise the repository")?;
+    let probe = repository.probe().await.context("try the repository")?;
     let slot = &context.settings.postgres.slot;
     let slot_created = match walsender.create_physical_slot(slot).await {
         Err(refused) if !is_chosen && is_refusal(&refused) => {
@@ -105,8 +105,8 @@ async fn init_logical(
     let settings = &context.settings;
     let mut walsender = Walsender::connect_to_database(conninfo).await.context("connect to the database")?;
     let identity = Origin::ask(&mut walsender).await.context("ask the server who it is")?.identity();
-    let probe = repository.probe().await.context("try the repository")?;
     let place = repository.initialize(&identity).await.context("initialise the repository")?;
+    let probe = repository.probe().await.context("try the repository")?;
     let client = logical::connect(conninfo).await.context("connect to the database")?;
     let (survey, refused) = logical::publish(&client, &settings.logical).await.context("make the publications")?;
     let slot = &settings.postgres.slot;

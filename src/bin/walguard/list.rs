@@ -18,7 +18,7 @@ use crate::context::Context;
 use crate::render;
 
 pub(crate) async fn run(context: Context, _args: ListArgs) -> anyhow::Result<Outcome> {
-    let repository = context.repository().await?;
+    let repository = context.initialized_repository().await?;
     if context.settings.source == Source::Logical {
         return of_changes(&context, &repository).await;
     }

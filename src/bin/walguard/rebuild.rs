@@ -43,7 +43,7 @@ pub(crate) async fn run(context: Context, args: &RestoreArgs, target: Target) ->
     if matches!(place, Place::Directory(_)) && !args.dry_run {
         refuse_root()?; // before minutes are spent on a plan
     }
-    let repo = context.repository().await?;
+    let repo = context.initialized_repository().await?;
     let cancel = context.cancel_on_signals()?;
     let progress = context.progress();
     let database = database(&context, &repo, args, &target).await?;
@@ -307,7 +307,7 @@ pub(crate) async fn bases(context: Context, args: BackupArgs) -> anyhow::Result<
         let hint = "they are for the copy of a server's files";
         return Err(UsageError::with_hint("--checkpoint and --max-rate need `source = \"physical\"`", hint).into());
     }
-    let repo = context.repository().await?;
+    let repo = context.initialized_repository().await?;
     let conninfo = context.conninfo()?;
     let conninfo = conninfo.clone().with_application_name(&format!("{}-base", conninfo.application_name()));
     let databases: Vec<String> = match &args.database {

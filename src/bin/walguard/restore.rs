@@ -49,7 +49,7 @@ pub(crate) async fn run(context: Context, args: RestoreArgs) -> anyhow::Result<O
         }
     }
     let fetch = fetch_command(&context)?;
-    let repo = context.repository().await?;
+    let repo = context.initialized_repository().await?;
     let target = match named {
         Some(target) => target,
         None if context.json => return Err(no_target()),

@@ -12,8 +12,7 @@ use crate::render;
 use crate::report::UsageError;
 
 pub(crate) async fn run(context: Context, args: SilenceArgs) -> anyhow::Result<Outcome> {
-    let repository = context.repository().await?;
-    repository.require_identity().await?;
+    let repository = context.initialized_repository().await?;
     let now = Timestamp::now();
     if let Some(id) = &args.lift {
         if !repository.lift_silence(id, now, &signer(args.by)).await? {

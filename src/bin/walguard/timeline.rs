@@ -69,7 +69,7 @@ pub(crate) async fn run(context: Context, args: TimelineArgs) -> anyhow::Result<
         databases: args.database.iter().map(|text| Pattern::new(text)).collect(),
     };
 
-    let repository = context.repository().await?;
+    let repository = context.initialized_repository().await?;
     if context.settings.source == Source::Logical {
         let asked = Asked { from, to, width, filter };
         return of_changes(context, args, &repository, asked).await;

@@ -19,7 +19,7 @@ use crate::report::UsageError;
 const PROBLEMS_SHOWN: usize = 50;
 
 pub(crate) async fn run(context: Context, args: VerifyArgs) -> anyhow::Result<Outcome> {
-    let repository = context.repository().await?;
+    let repository = context.initialized_repository().await?;
     let cancel = context.cancel_on_signals()?;
     if context.settings.source == Source::Logical {
         return of_bases(context, args, &repository, &cancel).await;

@@ -233,9 +233,7 @@ impl Archiver {
         channels.archived.send_replace(start.archived);
         let uploader = Uploader {
             // Failures are told in the status, so the trying again happens here and not below.
-            repo: repo
-                .clone()
-                .with_retry(RetryPolicy { attempts_max: Some(1), ..RetryPolicy::FOREVER }, CancellationToken::new()),
+            repo: repo.clone().with_retry(RetryPolicy::ONCE, CancellationToken::new()),
             spool: spool.clone(),
             compressors: Compressors::new(config.compression_level),
             processors: Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from)),

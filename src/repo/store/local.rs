@@ -28,12 +28,27 @@ const FOLDER_MODE: u32 = 0o750;
 #[derive(Clone, Debug)]
 pub struct LocalStore {
     root: PathBuf,
+    /// The key of the object without which this is not the store that was initialised.
+    mark: Option<String>,
 }
 
 impl LocalStore {
     /// A store below `root`, an absolute path. It is made with the first object.
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into() }
+        Self { root: root.into(), mark: None }
+    }
+
+    /// The same, but begun with one object: as long as `mark` is not there, nothing else is written, and nothing is taken
+    /// for absent. A folder that was moved away, or whose file system is not mounted, is thus never taken for an empty
+    /// store, nor made anew on the disk below the mount point.
+    #[must_use]
+    pub fn marked_by(self, mark: String) -> Self {
+        Self { mark: Some(mark), ..self }
+    }
+
+    /// The file that must be there for this to be the store, unless `key` is that file itself.
+    fn mark_for(&self, key: &str) -> Option<PathBuf> {
+        self.mark.as_ref().filter(|mark| *mark != key).map(|mark| self.root.join(mark))
     }
 
     async fn blocking<T: Send + 'static>(
@@ -42,19 +57,27 @@ impl LocalStore {
         key: &str,
         work: impl FnOnce(&Path) -> io::Result<T> + Send + 'static,
     ) -> Result<T, StoreError> {
-        let path = self.root.join(key);
-        let result =
-            tokio::task::spawn_blocking(move || work(&path)).await.unwrap_or_else(|e| Err(io::Error::other(e)));
+        let (path, mark) = (self.root.join(key), self.mark_for(key));
+        let work = move || match work(&path) {
+            // What is missing may be all of it.
+            Err(error) if error.kind() == ErrorKind::NotFound => require(mark.as_deref()).and(Err(error)),
+            result => result,
+        };
+        let result = tokio::task::spawn_blocking(work).await.unwrap_or_else(|e| Err(io::Error::other(e)));
         result.map_err(|error| classify(op, key, error))
     }
 
     async fn write(&self, key: &str, content: Bytes, replace: bool) -> Result<Created, StoreError> {
         check_key("write", key)?;
+        let mark = self.mark_for(key);
         self.blocking("write", key, move |path| {
+            require(mark.as_deref())?;
+            // The folder of the mark is made with it, and never again.
+            let made = mark.as_deref().and_then(Path::parent);
             let mut tries = 0;
             loop {
                 // Making a folder can meet the deletion of the one above it, too.
-                let result = make_folder_of(path).and_then(|()| {
+                let result = make_folder_of(path, made).and_then(|()| {
                     if replace {
                         atomic_file::write(path, &content).map(|()| true)
                     } else if path.exists() {
@@ -109,10 +132,12 @@ impl Store for LocalStore {
         if !folder.is_empty() {
             check_key("list", folder.trim_end_matches('/'))?;
         }
-        let (root, owned) = (self.root.clone(), request.clone());
+        let (root, owned, mark) = (self.root.clone(), request.clone(), self.mark_for(""));
         let walked = tokio::task::spawn_blocking(move || {
             let mut page = ListPage::default();
             page.next = walk(&root, &folder, &owned, PAGE_OBJECTS_MAX, &mut page)?;
+            // After the walk: it may have gone while we were on our way.
+            require(mark.as_deref())?;
             Ok(page)
         });
         let result = walked.await.unwrap_or_else(|e| Err(io::Error::other(e)));
@@ -121,8 +146,9 @@ impl Store for LocalStore {
 
     async fn delete(&self, key: &str) -> Result<(), StoreError> {
         check_key("delete", key)?;
-        let root = self.root.clone();
+        let (root, mark) = (self.root.clone(), self.mark_for(key));
         self.blocking("delete", key, move |path| {
+            require(mark.as_deref())?;
             match fs::remove_file(path) {
                 Ok(()) => match atomic_file::sync_folder_of(path) {
                     // Another deletion has emptied the folder meanwhile, and removed it.
@@ -152,13 +178,32 @@ impl Store for LocalStore {
     }
 }
 
-/// Makes the folder of `path` and its ancestors, each durably.
-fn make_folder_of(path: &Path) -> io::Result<()> {
+/// The store that was initialised is not at its place.
+#[derive(Debug, thiserror::Error)]
+#[error("the repository is not where it was: {} is missing", .0.display())]
+struct Away(PathBuf);
+
+/// Fails if the file by which the store is known is not there.
+fn require(mark: Option<&Path>) -> io::Result<()> {
+    match mark.map(|mark| (mark, fs::metadata(mark))) {
+        Some((mark, Err(error))) if error.kind() == ErrorKind::NotFound => {
+            Err(io::Error::new(ErrorKind::NotFound, Away(mark.to_owned())))
+        }
+        Some((_, Err(error))) => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Makes the folder of `path` and its ancestors, each durably; not `made` nor what lies above it.
+fn make_folder_of(path: &Path, made: Option<&Path>) -> io::Result<()> {
     let folder = path.parent().unwrap_or(Path::new("/"));
     if folder.is_dir() {
         return Ok(());
     }
-    make_folder_of(folder)?;
+    if made.is_some_and(|made| made.starts_with(folder)) {
+        return Err(ErrorKind::NotFound.into());
+    }
+    make_folder_of(folder, made)?;
     match fs::DirBuilder::new().mode(FOLDER_MODE).create(folder) {
         Err(error) if error.kind() != ErrorKind::AlreadyExists => Err(error),
         _ => atomic_file::sync_folder_of(folder),
@@ -246,6 +291,9 @@ fn concerns(key: &str, request: &ListRequest) -> bool {
 
 fn classify(op: &'static str, key: &str, error: io::Error) -> StoreError {
     let key = key.to_owned();
+    if error.get_ref().is_some_and(|inner| inner.is::<Away>()) {
+        return StoreError::Unavailable { op, key, source: error.into(), retry_after: None };
+    }
     let hint = match error.kind() {
         ErrorKind::NotFound if op == "read" => return StoreError::NotFound { key },
         ErrorKind::PermissionDenied => "let the user that walguard runs as write to the repository's folder",

@@ -38,7 +38,8 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// Reads an object, or a range of it. A range that reaches past the end gives what is there.
     async fn read(&self, key: &str, range: Option<Range<u64>>) -> Result<Bytes, StoreError>;
 
-    /// One page of objects below a prefix, in byte order of their keys. An absent folder is an empty page.
+    /// One page of objects below a prefix, in byte order of their keys. An absent folder is an empty page; an absent store
+    /// is [`StoreError::Unavailable`], where that can be told.
     async fn list(&self, request: &ListRequest) -> Result<ListPage, StoreError>;
 
     /// Removes an object. One that is not there is no error.
@@ -164,6 +165,11 @@ impl StoreError {
                 let hint = match kind {
                     Some(ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge) => {
                         "make room where the repository lies; old backups are removed by `walguard expire`"
+                    }
+                    // Whoever moved it on purpose names the new place; only a place that was given up is made anew.
+                    Some(ErrorKind::NotFound) => {
+                        "look whether its file system is mounted, or the folder was moved; whatever waits for it goes on \
+                         when it is back. A new repository is made by `walguard init`"
                     }
                     Some(_) => "look whether the directory is mounted and healthy; the same command can be repeated",
                     None => {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use super::{Course, Logical};
 use crate::backoff::{Chain, RetryPolicy};
@@ -300,7 +301,8 @@ impl Puts {
     /// Everything committed before the end of `course` is in the repository.
     pub(super) fn new(logical: &Logical, course: &Course) -> Self {
         Self {
-            repo: logical.repo.clone(),
+            // Failures are told in the status, so the trying again happens here and not below.
+            repo: logical.repo.clone().with_retry(RetryPolicy::ONCE, CancellationToken::new()),
             board: logical.board.clone(),
             level: logical.level,
             database_name: logical.origin.database_name.clone(),
