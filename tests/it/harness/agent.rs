@@ -1,7 +1,6 @@
 //! The running agent, as a process of its own.
 
 use std::fs::{self, File};
-use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::{Child, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -9,6 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use walguard::pg::Lsn;
 
+use super::port::take_port;
 use super::{Cluster, Scratch, Watchdog, wait_for, walguard_command};
 
 /// How long an agent may take to come up or go down on a busy machine.
@@ -68,9 +68,10 @@ impl AgentBuilder {
     pub(crate) fn spawn(self) -> Agent {
         let scratch = Scratch::new();
         let spool = self.spool.clone().unwrap_or_else(|| scratch.dir("spool"));
-        let http = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let (http, http_lock) = take_port();
         let config = scratch.file("walguard.toml", &self.settings);
-        let mut agent = Agent { wants: self, scratch, spool, config, http, process: None, watchdog: None };
+        let mut agent =
+            Agent { wants: self, scratch, spool, config, http, _http_lock: http_lock, process: None, watchdog: None };
         agent.spawn_again();
         agent
     }
@@ -84,6 +85,7 @@ pub(crate) struct Agent {
     spool: PathBuf,
     config: PathBuf,
     http: u16,
+    _http_lock: File,
     process: Option<Child>,
     watchdog: Option<Watchdog>,
 }

@@ -13,13 +13,11 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
 use walguard::pg::Lsn;
 
+use super::port::take_port;
 use super::{Scratch, Watchdog, command, finish, give_away, shared_dir, wait_for};
 
 /// How long a server may take to start or stop on a busy machine.
 const SERVER_DEADLINE: Duration = Duration::from_secs(60);
-
-/// Below the range from which the kernel gives out port numbers, so that nothing takes one between two starts.
-const PORTS: std::ops::Range<u16> = 20_000..32_000;
 
 /// Majors that are installed, with the directories of their programs.
 fn installed() -> &'static BTreeMap<u32, PathBuf> {
@@ -491,19 +489,6 @@ fn children_of(pid: u32) -> Vec<Pid> {
         }
     }
     children
-}
-
-/// A port number that no other test of this user has, and the lock that keeps it so.
-fn take_port() -> (u16, File) {
-    let dir = shared_dir().join("ports");
-    fs::create_dir_all(&dir).unwrap();
-    loop {
-        let port = fastrand::u16(PORTS);
-        let lock = File::options().create(true).append(true).open(dir.join(port.to_string())).unwrap();
-        if lock.try_lock().is_ok() && TcpListener::bind(("127.0.0.1", port)).is_ok() {
-            return (port, lock);
-        }
-    }
 }
 
 /// A data directory as `initdb` makes it. Made once for each kind and kept for later runs.

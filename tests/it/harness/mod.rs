@@ -8,6 +8,7 @@
 mod agent;
 mod cluster;
 mod ledger;
+mod port;
 mod proxy;
 mod receiver;
 mod restored;
