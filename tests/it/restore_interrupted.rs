@@ -238,6 +238,8 @@ fn content(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
             if kind.is_dir() {
                 files.insert(path.join(""), Vec::new());
                 folders.push(path);
+            } else if kind.is_symlink() {
+                files.insert(path, b"a link".to_vec()); // to a tablespace
             } else if !name.starts_with("walguard-") && name != "postgresql.auto.conf" {
                 files.insert(path, fs::read(entry.path()).unwrap());
             }
@@ -286,6 +288,90 @@ async fn over_a_stopped_cluster_only_what_differs_is_fetched_and_the_result_is_t
     let told = restore(stranger.data_dir(), &world.agent.flags(), &args).expect(1).stderr();
     assert!(told.contains("holds another cluster") && told.contains("HINT: "), "{told}");
     world.ledger.run(1).await;
+}
+
+/// What lies outside of the data directory is kept, completed and cleaned up like what lies in it; others' files there stay.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tablespace_is_gone_on_with_and_brought_up_to_date_where_it_lies() {
+    let cluster = Cluster::builder().wal_segsize_mib(1).conf("autovacuum", "off").start().await;
+    let scratch = Scratch::new();
+    let old = scratch.dir("old");
+    let client = cluster.client().await;
+    client.batch_execute(&format!("CREATE TABLESPACE side LOCATION '{}'", old.display())).await.unwrap();
+    let rows = "SELECT i, md5(i::text) a, md5((-i)::text) b FROM generate_series(1, 200000) i";
+    cluster.sql(&format!("CREATE TABLE beside TABLESPACE side AS {rows}")).await;
+    cluster.sql("CREATE TABLE small TABLESPACE side AS SELECT 1 AS i").await;
+    let small = cluster.text("SELECT pg_relation_filepath('small')").await;
+    let mut agent = Agent::builder(&cluster, &scratch.repo_url()).arg("--no-backups").spawn();
+    agent.wait_streaming(&cluster).await;
+    let mut backup = walguard_command(&["backup"]);
+    backup.args(agent.flags());
+    finish(backup).expect(0);
+    cluster.sql("INSERT INTO small VALUES (2)").await;
+    agent.wait_archived(&cluster, cluster.lsn().await, ARCHIVE_DEADLINE).await;
+    agent.stop().await;
+    let place = |name: &str| (scratch.join(name), scratch.join(&format!("{name}-side")));
+    let command = |name: &str, args: &[&str]| {
+        let (dir, side) = place(name);
+        let mut command = walguard_command(&["restore", "--yes", "--json", "--to", "latest", "--target-dir"]);
+        command.arg(dir).args(args).args(agent.flags());
+        command.args(["--tablespace", &format!("{}={}", old.display(), side.display())]);
+        command
+    };
+
+    // A directory that has most of it, some damage, and what belongs to somebody else.
+    finish(command("full", &["--no-start"])).expect(0);
+    finish(command("delta", &["--action", "shutdown"])).expect(0);
+    let (delta, delta_side) = place("delta");
+    let in_side = small.strip_prefix("pg_tblspc/").unwrap().split_once('/').unwrap().1;
+    fs::remove_file(delta_side.join(in_side)).unwrap();
+    fs::write(delta_side.join(format!("{in_side}99")), "of nobody").unwrap();
+    let others = delta_side.join("PG_9.6_201608131");
+    fs::create_dir(&others).unwrap();
+    fs::write(others.join("kept"), "of another server").unwrap();
+    super::harness::give_away(&delta_side);
+    let told = finish(command("delta", &["--no-start", "--delta"])).expect(0).json();
+    let part = &told["restore"]["extracted"];
+    let (kept, fetched) = (part["kept_bytes"].as_u64().unwrap(), part["stored_bytes"].as_u64().unwrap());
+    assert!(kept > 20 << 20 && fetched < 10 << 20, "{kept} bytes kept, {fetched} fetched");
+    assert_eq!(fs::read_to_string(others.join("kept")).unwrap(), "of another server");
+    fs::remove_dir_all(&others).unwrap();
+    let differing = |name: &str| {
+        let (full, full_side) = place("full");
+        let (dir, side) = place(name);
+        let all = |dir: &Path, side: &Path| {
+            let of_dir = content(dir).into_iter().filter(|(path, _)| !path.ends_with("tablespace_map"));
+            of_dir.chain(content(side)).collect::<BTreeMap<_, _>>()
+        };
+        let (expected, found) = (all(&full, &full_side), all(&dir, &side));
+        assert!(expected.keys().any(|path| path.ends_with(in_side)), "{:?}", expected.keys());
+        let paths = expected.keys().chain(found.keys()).filter(|path| expected.get(*path) != found.get(*path));
+        paths.cloned().collect::<Vec<_>>()
+    };
+    assert_eq!(differing("delta"), Vec::<PathBuf>::new());
+    let map = fs::read_to_string(delta.join("tablespace_map")).unwrap();
+    assert!(map.contains(delta_side.to_str().unwrap()), "{map}");
+
+    // One that was killed on its way.
+    let (killed, _) = place("killed");
+    let mut unfinished = 0;
+    for pause in (0..20).map(|round| Duration::from_millis(100 + 50 * round)) {
+        let mut command = command("killed", &["--no-start"]);
+        let mut process = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        tokio::time::sleep(pause).await;
+        process.kill().unwrap();
+        process.wait().unwrap();
+        if !killed.join("walguard-unfinished.json").exists() && killed.join("PG_VERSION").exists() {
+            break; // it was done
+        }
+        unfinished += u32::from(killed.join("walguard-unfinished.json").exists());
+    }
+    if killed.join("walguard-unfinished.json").exists() {
+        finish(command("killed", &["--no-start"])).expect(0);
+    }
+    eprintln!("killed before the end {unfinished} times");
+    assert!(unfinished > 0, "the kills came too early or too late to say anything");
+    assert_eq!(differing("killed"), Vec::<PathBuf>::new());
 }
 
 /// Files of which the kernel has not written all to the disk: it has not even decided where. `None` where the file system does
