@@ -2,8 +2,9 @@
 
 use std::fmt;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use super::directory;
 use super::extract::ExtractError;
 use super::rebuild::RebuildError;
 use super::target::TargetError;
@@ -168,14 +169,16 @@ pub enum RestoreError {
         hint: String,
     },
     /// The restored server ended, or did not do what it was asked to.
-    #[error("{problem}; the end of its log:\n{log_tail}")]
+    #[error("{problem}; {log_end}")]
     Server {
         /// What happened.
         problem: String,
-        /// The last lines of its log.
-        log_tail: String,
+        /// The last lines of its log, introduced.
+        log_end: String,
         /// The whole log.
         log: PathBuf,
+        /// Its disk has no room: it cannot even have said so in its log.
+        is_disk_full: bool,
     },
     /// The restored server runs, and cannot be asked.
     #[error("the restored server cannot be asked: {problem}")]
@@ -214,7 +217,23 @@ pub enum RestoreError {
     Cancelled,
 }
 
+/// For whoever has no room on the way.
+pub(super) const MAKE_ROOM: &str = "make room, and run the same command again: it goes on with what is there";
+
+/// With less room on its disk (in bytes) a server may have ended for want of it: of its segments each has 16 MiB.
+const LITTLE_ROOM: u64 = 32 << 20;
+
 impl RestoreError {
+    /// That a server failed whose log ends with `log_tail`.
+    pub(super) fn server(problem: String, log_tail: &str, log: &Path) -> Self {
+        let log_end = match log_tail.trim() {
+            "" => "its log says nothing".to_owned(),
+            tail => format!("the end of its log:\n{tail}"),
+        };
+        let is_disk_full = directory::free_bytes(log).is_some_and(|free| free < LITTLE_ROOM);
+        Self::Server { problem, log_end, log: log.to_owned(), is_disk_full }
+    }
+
     pub(super) fn file(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
         move |source| Self::File { action, path, source }
@@ -289,11 +308,14 @@ impl RestoreError {
                 "install PostgreSQL {major}, or name the directory of its programs with --pg-bin-dir or \
                  WALGUARD_PG_BIN_DIR; --no-start only prepares the data directory"
             ),
+            Self::Server { log, is_disk_full: true, .. } => {
+                format!("its disk is full: {MAKE_ROOM}. The server's log is {}", log.display())
+            }
             Self::Server { log, .. } | Self::NotAsPlanned { log, .. } => {
                 format!("the server's log is {}", log.display())
             }
             Self::File { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
-                "make room on the disk, empty the target directory and restore again".to_owned()
+                MAKE_ROOM.to_owned()
             }
             Self::File { .. } | Self::Asking { .. } | Self::Cancelled => return None,
         };

@@ -57,6 +57,7 @@ use crate::repo::layout::ArchiveName;
 use super::compare;
 use super::control;
 use super::disk::Disk;
+use super::error::MAKE_ROOM;
 use super::state;
 
 /// The file without which no server starts. It is written last.
@@ -171,9 +172,7 @@ impl ExtractError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Backup(error) => error.hint(),
-            Self::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
-                Some("make room, empty the target directory, and run the same command again".to_owned())
-            }
+            Self::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => Some(MAKE_ROOM.to_owned()),
             Self::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
                 Some("run it as the user that owns the directory above the target, usually postgres".to_owned())
             }

@@ -157,7 +157,7 @@ impl Instance {
 
     /// An error that tells the last lines of the log.
     pub(super) fn failure(&self, problem: impl Into<String>) -> RestoreError {
-        RestoreError::Server { problem: problem.into(), log_tail: self.log_tail(), log: self.log.clone() }
+        RestoreError::server(problem.into(), &self.log_tail(), &self.log)
     }
 
     fn log_tail(&self) -> String {

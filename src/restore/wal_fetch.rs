@@ -37,6 +37,7 @@ use crate::repo::SegmentRead;
 use crate::repo::SegmentSource;
 use crate::repo::cluster::ClusterIdentity;
 use crate::repo::layout::Object;
+use crate::restore::error::MAKE_ROOM;
 
 /// Exit code of `wal-fetch` that makes the server abort recovery instead of ending it.
 pub const STOP_RECOVERY: u8 = 126;
@@ -125,6 +126,7 @@ impl FetchError {
             Self::Unusable { .. } | Self::Gap { .. } => Some(
                 "`walguard list` shows what can be restored, `walguard verify` what is damaged or missing".to_owned(),
             ),
+            Self::Write { source, .. } if source.kind() == io::ErrorKind::StorageFull => Some(MAKE_ROOM.to_owned()),
             Self::Write { .. } | Self::Cancelled => None,
         }
     }

@@ -2,13 +2,12 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::process::Command;
 use std::time::Duration;
 
 use jiff::Timestamp;
 
 use crate::archived_wal::*;
-use crate::harness::{Agent, Cluster, Fault, S3, Scratch, StopMode, finish, give_away, wait_for, walguard};
+use crate::harness::{Agent, Cluster, Fault, S3, Scratch, SmallDisk, StopMode, give_away, wait_for, walguard};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_promoted_standby_is_followed_to_its_new_timeline() {
@@ -215,18 +214,14 @@ async fn other_wal_in_our_place_stops_the_archiving_and_is_told() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_spool_disk_is_told_and_nothing_is_lost() {
-    if !rustix::process::geteuid().is_root() {
-        eprintln!("needs root, to mount a small file system");
-        return;
-    }
     let cluster = small_cluster().await;
     let scratch = Scratch::new();
     let url = scratch.repo_url();
-    let disk = SmallDisk::mount(&scratch, "3m");
+    let Some(disk) = SmallDisk::mount(&scratch, "size=3m") else { return };
     let judge = Receiver::start(&cluster).await;
-    let mut agent = agent(&cluster, &url).spool(disk.0.clone()).spawn();
+    let mut agent = agent(&cluster, &url).spool(disk.path().to_owned()).spawn();
     agent.wait_archived(&cluster, cluster.lsn().await, DEADLINE).await;
-    let ballast = disk.0.join("ballast");
+    let ballast = disk.path().join("ballast");
     let full = fs::write(&ballast, vec![0; 4 << 20]).unwrap_err();
     assert_eq!(full.kind(), std::io::ErrorKind::StorageFull);
     write(&cluster, 4 << 10).await;
@@ -245,19 +240,15 @@ async fn a_full_spool_disk_is_told_and_nothing_is_lost() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_repository_is_told_and_nothing_is_lost() {
-    if !rustix::process::geteuid().is_root() {
-        eprintln!("needs root, to mount a small file system");
-        return;
-    }
     let cluster = small_cluster().await;
     let scratch = Scratch::new();
-    let disk = SmallDisk::mount(&scratch, "16m");
-    let url = format!("file://{}", disk.0.display());
+    let Some(disk) = SmallDisk::mount(&scratch, "size=16m") else { return };
+    let url = format!("file://{}", disk.path().display());
     let judge = Receiver::start(&cluster).await;
     let mut agent = agent(&cluster, &url).spawn();
     agent.wait_archived(&cluster, cluster.lsn().await, DEADLINE).await;
     let before = cluster.lsn().await;
-    let ballast = disk.0.join("ballast");
+    let ballast = disk.path().join("ballast");
     let full = fs::write(&ballast, vec![0; 20 << 20]).unwrap_err();
     assert_eq!(full.kind(), std::io::ErrorKind::StorageFull);
     write(&cluster, 4 << 10).await;
@@ -336,27 +327,6 @@ async fn a_repository_that_is_gone_is_waited_for_and_not_made_anew_and_nothing_i
         assert_no_hole(&repo, 1).await;
         let told = status(&agent).await;
         assert!(told["alarms"]["repository"].is_null() && told["store"]["trouble"].is_null(), "{told:#}");
-    }
-}
-
-/// A file system in memory.
-struct SmallDisk(PathBuf);
-
-impl SmallDisk {
-    fn mount(scratch: &Scratch, size: &str) -> Self {
-        let dir = scratch.dir("small-disk");
-        let mut mount = Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"]).arg(&dir);
-        finish(mount).expect(0);
-        give_away(&dir);
-        Self(dir)
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        // Lazily: the agent of a test that failed still has files open there.
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
     }
 }
 

@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::harness::{Agent, Cluster, Ledger, Scratch, StopMode, finish, restore, wait_for, walguard_command};
+use super::harness::{
+    Agent, Cluster, Ledger, Scratch, SmallDisk, StopMode, finish, restore, wait_for, walguard_command,
+};
 
 /// How long the agent may take to archive what was just written, on a busy machine.
 const ARCHIVE_DEADLINE: Duration = Duration::from_secs(60);
@@ -372,6 +374,48 @@ async fn a_tablespace_is_gone_on_with_and_brought_up_to_date_where_it_lies() {
     eprintln!("killed before the end {unfinished} times");
     assert!(unfinished > 0, "the kills came too early or too late to say anything");
     assert_eq!(differing("killed"), Vec::<PathBuf>::new());
+}
+
+/// How much room there is was looked at before; somebody else takes it meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_gets_full_on_the_way_is_told_and_the_restore_goes_on_when_there_is_room() {
+    let world = World::new().await;
+    let Some(disk) = SmallDisk::mount(&world.scratch, "size=256m") else { return };
+    let (dir, ballast) = (disk.path().join("data"), disk.path().join("ballast"));
+    let mut full = None;
+    for _ in 0..10 {
+        let mut command = walguard_command(&["restore", "--yes", "--json", "--to", "latest", "--target-dir"]);
+        command.arg(&dir).args(world.agent.flags());
+        let restore = tokio::task::spawn_blocking(move || finish(command));
+        let is_begun = || async { dir.join("PG_VERSION").exists() || restore.is_finished() };
+        wait_for("the restore to write", STOP_DEADLINE, is_begun).await;
+        // All but some MiB: what is written next fails.
+        let file = fs::File::create(&ballast).unwrap();
+        loop {
+            let disk = rustix::fs::statvfs(disk.path()).unwrap();
+            let taken = (disk.f_bavail * disk.f_frsize).saturating_sub(8 << 20).max(1);
+            match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, taken) {
+                Err(rustix::io::Errno::NOSPC) => {} // the restore has written meanwhile
+                result => break result.unwrap(),
+            }
+        }
+        let ended = restore.await.unwrap();
+        fs::remove_file(&ballast).unwrap();
+        if ended.code() != 0 {
+            full = Some(ended.stderr());
+            break;
+        }
+        stop_server(&dir).await; // it was quicker than the ballast
+        fs::remove_dir_all(&dir).unwrap();
+    }
+    let told = full.expect("the disk is full before the restore is done");
+    // Whoever comes to it first: the restore itself, or the server, which cannot even write that into its log.
+    assert!(told.contains("No space left on device") || told.contains("HINT: its disk is full"), "{told}");
+    assert!(told.contains("make room, and run the same command again: it goes on"), "{told}");
+    assert!(!refusal_to_start(&world.cluster, &dir).is_empty());
+    let told = restore(&dir, &world.agent.flags(), &["--to", "latest", "--action", "promote"]).expect(0).json();
+    assert!(told["restore"]["extracted"]["kept_bytes"].as_u64().unwrap() > 0, "{told:#}");
+    world.check_and_stop(&told, &dir).await;
 }
 
 /// Files of which the kernel has not written all to the disk: it has not even decided where. `None` where the file system does

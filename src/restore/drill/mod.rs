@@ -250,7 +250,7 @@ pub async fn run(
             drill.error = Some(Chain(&error).to_string());
             drill.hint = match (&error, &kept) {
                 // The log that it names is gone.
-                (RestoreError::Server { .. } | RestoreError::NotAsPlanned { .. }, None) => {
+                (RestoreError::Server { is_disk_full: false, .. } | RestoreError::NotAsPlanned { .. }, None) => {
                     Some("look at the server and its log with `walguard drill --keep`".to_owned())
                 }
                 _ => error.hint(),

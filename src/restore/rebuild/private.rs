@@ -431,7 +431,7 @@ fn try_initdb(binaries: &Binaries, draft: &Path, log: &Path, like: &[String]) ->
         return Ok(());
     }
     let log_tail = fs::read_to_string(log).unwrap_or_default();
-    Err(RestoreError::Server { problem: format!("initdb failed ({status})"), log_tail, log: log.to_owned() })
+    Err(RestoreError::server(format!("initdb failed ({status})"), &log_tail, log))
 }
 
 /// Moves what `initdb` made to its place: it is complete when its version is there.

@@ -7,6 +7,7 @@
 
 mod agent;
 mod cluster;
+mod disk;
 mod ledger;
 mod port;
 mod proxy;
@@ -27,6 +28,7 @@ use std::time::{Duration, Instant};
 
 pub(crate) use agent::{Agent, AgentBuilder};
 pub(crate) use cluster::{Cluster, ClusterBuilder, StopMode, client_dir, majors};
+pub(crate) use disk::SmallDisk;
 pub(crate) use ledger::{Commit, Ledger, read_number};
 pub(crate) use proxy::Proxy;
 pub(crate) use receiver::{Answer, Received, Receiver};
