@@ -333,11 +333,14 @@ impl Capture {
         self.finish(sink).await?;
         let size = self.identity.segment_size.bytes();
         let mut restart = self.source.ensure_slot(walsender).await?;
-        let Some(have) = self.have else {
+        let Some(mut have) = self.have else {
             // Nothing was archived, so nothing is missing; but the slot claims to hold what is gone.
             self.source.recreate_slot(walsender).await?;
             return Ok(());
         };
+        // A stream begins with a segment, and the archive may hold the first part of that: only the rest is lost.
+        let archived = *self.archived.borrow();
+        have.lsn = archived.filter(|at| at.timeline == have.timeline).map_or(have.lsn, |at| at.lsn.max(have.lsn));
         if restart.align_down(size) <= have.lsn {
             restart = self.source.recreate_slot(walsender).await?;
         }

@@ -312,7 +312,7 @@ async fn a_tablespace_is_gone_on_with_and_brought_up_to_date_where_it_lies() {
     cluster.sql("INSERT INTO small VALUES (2)").await;
     agent.wait_archived(&cluster, cluster.lsn().await, ARCHIVE_DEADLINE).await;
     agent.stop().await;
-    let place = |name: &str| (scratch.join(name), scratch.join(&format!("{name}-side")));
+    let place = |name: &str| (scratch.join(name), scratch.join(format!("{name}-side")));
     let command = |name: &str, args: &[&str]| {
         let (dir, side) = place(name);
         let mut command = walguard_command(&["restore", "--yes", "--json", "--to", "latest", "--target-dir"]);
