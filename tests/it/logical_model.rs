@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use walguard::repo::changes::merge::Policy;
 
 use crate::archived_wal::repository;
-use crate::harness::{Agent, Cluster, Finished, Scratch, finish, walguard_command};
+use crate::harness::{Agent, Cluster, Finished, Scratch, finish, wait_for, walguard_command};
 use crate::managed::*;
 
 /// Commits of a life, and moments of it that are rebuilt; `WALGUARD_MODEL_POINTS` says otherwise.
@@ -279,6 +279,9 @@ async fn any_moment_comes_back(source: u32, target: u32) {
             tokio::time::sleep(Duration::from_millis(life.random.u64(50..900))).await;
             killed.kill().unwrap();
             killed.wait().unwrap();
+            // What its sessions were at they bring to an end.
+            let sessions = format!("SELECT count(*) FROM pg_stat_activity WHERE datname = '{database}'");
+            wait_for("its sessions to end", DEADLINE, || async { server.number(&sessions).await == 0 }).await;
             let there = connect(&into).await.query_one("SELECT to_regclass('keyed') IS NOT NULL", &[]).await.unwrap();
             let notes = "SELECT to_regclass('walguard_rebuild.progress') IS NULL";
             let is_done = connect(&into).await.query_one(notes, &[]).await.unwrap();
