@@ -147,8 +147,9 @@ async fn rows_of_a_suspicion_that_comes_true_are_saved_and_noted_in_the_incident
     let by = xid(&wiper).await;
     let incident = repo.put_incident(&open(by)).await.unwrap();
     incidents.send(incident.clone()).await.unwrap();
-    let held =
-        "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'flash' AND state = 'idle in transaction'";
+    // Between its BEGIN and its first query a transaction has no snapshot yet.
+    let held = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'flash' \
+                AND state = 'idle in transaction' AND backend_xmin IS NOT NULL";
     wait_for("the snapshot", DEADLINE, || async { cluster.number(held).await == 1 }).await;
     wiper.batch_execute("COMMIT").await.unwrap();
     let sql = "SELECT timestamp FROM pg_last_committed_xact()";
