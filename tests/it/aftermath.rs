@@ -76,7 +76,7 @@ async fn deleted_rows_come_back_by_the_command_of_the_report() {
     let before = cluster.text(content).await;
     wait_for("a snapshot of the window", DEADLINE, || async {
         let held = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE '%flashback%' AND \
-                    state = 'idle in transaction'";
+                    state = 'idle in transaction' AND backend_xmin IS NOT NULL";
         cluster.number(held).await > 0
     })
     .await;
