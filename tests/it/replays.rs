@@ -1,7 +1,6 @@
 //! Both incidents that walguard was made for, replayed: one incident each, with every table, the right counts, and who did
 //! it; told before it is too late, and once; and undone by whoever does what the alarm says and knows nothing else.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
@@ -319,8 +318,8 @@ async fn an_alarm_does_not_wait_for_a_repository_that_is_away_and_is_told_once_w
         let incidents = repo.incidents(None).await.unwrap().incidents;
         assert_eq!(incidents.len(), 1);
         let told = receiver.told();
-        let events: BTreeSet<&str> = told.iter().map(|told| told.text("event")).collect();
-        assert!(!told.is_empty() && events.len() == told.len(), "{told:?}");
+        let events: Vec<&str> = told.iter().map(|told| told.text("event")).collect();
+        assert!(matches!(events[..], ["opened"] | ["opened", "committed"]), "{told:?}");
         assert_eq!(repo.deliveries(&incidents[0].id).await.unwrap().len(), told.len());
     }
 }
