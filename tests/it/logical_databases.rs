@@ -149,6 +149,36 @@ async fn who_follows_hears_of_a_wipe_in_any_of_them_while_it_is_fresh() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn who_follows_hears_of_a_wipe_in_a_database_whose_changes_are_read_since_then() {
+    let cluster = managed(15).await;
+    let scratch = Scratch::new();
+    let shop = app(&cluster).await;
+    run(&shop, "CREATE TABLE orders (id int PRIMARY KEY); INSERT INTO orders SELECT generate_series(1, 50)").await;
+    let mut agent = agent(&cluster, &scratch).settings("[logical]\ndatabases = [\"crm\"]").spawn();
+    agent.wait_streaming(&cluster).await;
+    run(&shop, "INSERT INTO orders VALUES (1000)").await;
+    wait_kept(&cluster).await;
+    let flags = agent.flags();
+    let mut args = vec!["timeline", "--follow", "--json", "--bucket", "1s"];
+    args.extend(flags.iter().map(String::as_str));
+    let following = Following::begin(&args);
+    tokio::time::sleep(std::time::Duration::from_secs(3)).await;
+    cluster.sql("CREATE DATABASE crm OWNER supa").await;
+    let crm = to(&cluster, "crm").await;
+    run(&crm, "CREATE TABLE contacts (id int PRIMARY KEY); INSERT INTO contacts SELECT generate_series(1, 2000)").await;
+    let published = "SELECT count(*) = 1 FROM pg_publication_tables WHERE pubname = 'walguard'";
+    wait_sql(&crm, "contacts to be published", published).await;
+    let is_streaming = || async {
+        let told = status(&agent);
+        told["databases"].as_array().is_some_and(|all| all.len() == 2 && all.iter().all(|one| one["streaming"] == true))
+    };
+    wait_for("the new database to be read", DEADLINE, is_streaming).await;
+    run(&crm, "DELETE FROM contacts").await;
+    let (_, deleted) = following.until_deleted().await;
+    assert_eq!(deleted, 2_000);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_database_that_is_not_there_is_waited_for_and_keeps_no_other_from_being_read() {
     let cluster = managed(15).await;
     let scratch = Scratch::new();

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Stdio};
 use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use walguard::pg::{Lsn, SegmentName, SegmentNumber, TimelineId};
@@ -230,7 +230,9 @@ impl Following {
         let Self { mut process, lines } = self;
         let wait = tokio::task::spawn_blocking(move || {
             let (mut inserted, mut deleted) = (0, 0);
+            let begun = Instant::now();
             while deleted == 0 {
+                assert!(begun.elapsed() < Duration::from_secs(120), "nobody was told of the wipe");
                 let bucket = lines.recv_timeout(Duration::from_secs(60)).expect("a line for each second");
                 inserted += bucket["inserted"].as_u64().unwrap();
                 deleted += bucket["deleted"].as_u64().unwrap();

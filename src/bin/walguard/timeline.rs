@@ -1,6 +1,6 @@
 //! `walguard timeline`: what happened when, as a chart, as tables, and as JSON.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use jiff::tz::{Offset, TimeZone};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 use walguard::detect::{DdlKind, Incident, RelationKind, Severity, State};
-use walguard::pg::{Lsn, PgTime, Position, TimelineId};
+use walguard::pg::{Lsn, Oid, PgTime, Position, TimelineId};
 use walguard::progress::Progress;
 use walguard::repo::index::chronicle::{
     Bucket, Buckets, Chronicle, Event, Filter, Pattern, Table, TableCount, TableTotal, Told, TransactionTold, Width,
@@ -168,10 +168,10 @@ async fn of_changes(
     let progress: Arc<dyn Progress> = context.progress();
     let mut coverage = Coverage::default();
     let mut timeline = TimelineId::FIRST;
-    let mut followers = Vec::new();
+    let mut followers = BTreeMap::new();
     for database in databases {
         let (told, follower) = repository.tell_changes(database, &mut chronicle, &*progress).await?;
-        followers.push(follower);
+        followers.insert(database, follower);
         if let Some(last) = repository.last_changes(database, Lsn::MAX).await? {
             timeline = timeline.max(repository.changes(last).await?.header.timeline);
         }
@@ -203,7 +203,7 @@ async fn of_changes(
     let view = View::new(&report, buckets.width(), &filter, &context.zone);
     if args.follow {
         let stop = context.cancel_on_signals()?;
-        let follower = Followers::Changes(followers);
+        let follower = Followers::Changes(repository.clone(), followers);
         let follow = Following { context, view, follower, chronicle, filter, rows_min: args.min_rows };
         return follow.run(&report, stop).await;
     }
@@ -892,16 +892,20 @@ const fn verb(kind: DdlKind) -> &'static str {
 enum Followers<'a> {
     Wal(Box<Follower<'a>>),
     /// Of each database whose changes are kept.
-    Changes(Vec<changes::walk::Follower>),
+    Changes(Repository, BTreeMap<Oid, changes::walk::Follower>),
 }
 
 impl Followers<'_> {
     async fn go_on(&mut self, chronicle: &mut Chronicle) -> anyhow::Result<Followed> {
         match self {
             Self::Wal(follower) => Ok(follower.go_on(chronicle).await?),
-            Self::Changes(followers) => {
+            Self::Changes(repository, followers) => {
+                // Another one may have begun.
+                for database in repository.changed_databases().await? {
+                    followers.entry(database).or_insert_with(|| repository.follow_changes(database));
+                }
                 let mut followed = Followed::default();
-                for follower in followers {
+                for follower in followers.values_mut() {
                     followed.unread.extend(follower.go_on(chronicle).await?);
                 }
                 Ok(followed)

@@ -343,6 +343,11 @@ impl Repository {
         Ok((std::mem::take(&mut follower.coverage), follower))
     }
 
+    /// Whoever reads a database's log from its first object on.
+    pub fn follow_changes(&self, database: Oid) -> Follower {
+        Follower::new(self.clone(), database)
+    }
+
     /// The first of the objects that was made at or behind a time.
     async fn first_made_since(&self, names: &[ChangesName], time: PgTime) -> Result<usize, RepoError> {
         let (mut low, mut high) = (0, names.len());
