@@ -182,13 +182,22 @@ pub(super) fn all_working_in(path: &Path) -> Vec<i32> {
 }
 
 /// `pg_control` says that the server was shut down, as a primary or as a standby.
+pub(super) fn was_shut_down(path: &Path) -> bool {
+    matches!(state(path), Some(1 | 2))
+}
+
+/// `pg_control` says that the server was in recovery when it ended. Its signal file may be gone by then: a server that is
+/// promoted removes that first.
+pub(super) fn was_recovering(path: &Path) -> bool {
+    matches!(state(path), Some(2 | 5))
+}
+
+/// What `pg_control` says of the server.
 ///
 /// (Postgres: `ControlFileData.state` and `DBState` in `catalog/pg_control.h`; its offset is the same in 14 to 18.)
-pub(super) fn was_shut_down(path: &Path) -> bool {
-    const SHUT_DOWN: [u32; 2] = [1, 2];
-    let Ok(control) = fs::read(path.join("global/pg_control")) else { return false };
-    let state = control.get(16..20).and_then(|bytes| bytes.try_into().ok()).map(u32::from_le_bytes);
-    state.is_some_and(|state| SHUT_DOWN.contains(&state))
+fn state(path: &Path) -> Option<u32> {
+    let control = fs::read(path.join("global/pg_control")).ok()?;
+    control.get(16..20)?.try_into().ok().map(u32::from_le_bytes)
 }
 
 /// Removes a stopped cluster from its directory, and what it has in its tablespaces' directories. The directories stay, and so

@@ -352,7 +352,9 @@ pub(super) async fn run_and_hold(
     if matches!(begin, Begin::GoOn(..) | Begin::Compare) {
         stop_server(target_dir).await?;
     }
-    let is_promoted = matches!(begin, Begin::GoOn(..)) && !is_in_recovery(target_dir);
+    // One that ended while it was promoted has no signal file, and would go on writing the timeline of the original.
+    let is_recovering = is_in_recovery(target_dir) || directory::was_recovering(target_dir);
+    let is_promoted = matches!(begin, Begin::GoOn(..)) && !is_recovering;
     let extracted = match begin {
         Begin::GoOn(..) => Extracted::as_it_is(&prepared.manifest, &prepared.placement)?,
         _ => {

@@ -250,6 +250,37 @@ fn content(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     files
 }
 
+/// A server that is promoted removes its signal file before it begins its new timeline. Ended in between, and started as it
+/// is, it would write the timeline of the original.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_ended_while_it_was_promoted_is_promoted_again() {
+    let world = World::new().await;
+    let (dir, args) = (world.scratch.join("data"), ["--to", "latest", "--action", "promote"]);
+    let (note, signal) = (dir.join("walguard-unfinished.json"), dir.join("standby.signal"));
+    for _ in 0..20 {
+        let mut process = world.spawn(&dir, &args);
+        let log = || fs::read_to_string(dir.join("walguard-restore.log")).unwrap_or_default();
+        while !log().contains("redo starts at") && process.try_wait().unwrap().is_none() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        process.kill().unwrap();
+        process.wait().unwrap();
+        stop_server(&dir).await;
+        if note.exists() && signal.exists() {
+            break;
+        }
+        fs::remove_dir_all(&dir).unwrap(); // it was quicker
+    }
+    // What the two leave behind if they end then.
+    let text = fs::read_to_string(&note).unwrap();
+    assert!(text.contains("\"replay\""), "{text}");
+    fs::write(&note, text.replace("\"replay\"", "\"promote\"")).unwrap();
+    fs::remove_file(&signal).unwrap();
+    let told = restore(&dir, &world.agent.flags(), &args).expect(0).json();
+    assert!(told["restore"]["reached"]["timeline"].as_u64().unwrap() > 1, "{told:#}");
+    world.check_and_stop(&told, &dir).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn over_a_stopped_cluster_only_what_differs_is_fetched_and_the_result_is_that_of_a_full_restore() {
     let mut world = World::new().await;
